@@ -1,0 +1,41 @@
+//! What the shim and the agent say to each other, once, for both.
+//!
+//! Control is ttrpc ([`agent_ttrpc`]) on one vsock connection that the agent
+//! opens to the host at [`CONTROL_PORT`]; each standard stream is a vsock
+//! connection of its own to a one-shot port that the shim chose.
+
+#[allow(missing_docs, clippy::all, unused)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// CID of the host (virtio 1.2, section 5.10.4; `VMADDR_CID_HOST`).
+pub const HOST_CID: u32 = 2;
+
+/// Every guest's CID: the device ends in Unix sockets, so it need not be unique.
+pub const GUEST_CID: u32 = 3;
+
+/// Host port on which the agent serves its ttrpc connection.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// First host port for standard streams; each is used once.
+pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
+
+/// Largest ttrpc message either side accepts, in bytes (ttrpc's own limit).
+pub const MAX_MESSAGE: usize = 4 << 20;
+
+/// Directory in the guest below which everything of a container is mounted.
+pub const GUEST_RUN_DIR: &str = "/run/casemate";
+
+/// x86 I/O port of the power device: the guest writes one of [`power`]'s bytes.
+pub const POWER_PORT: u16 = 0x600;
+
+/// Bytes written to [`POWER_PORT`].
+pub mod power {
+    /// Orderly power-off: the VMM ends with `exit_code::SHUTDOWN`.
+    pub const OFF: u8 = 1;
+    /// Reset: the VMM ends with `exit_code::RESET`.
+    pub const RESET: u8 = 2;
+}
