@@ -8,6 +8,8 @@ use rustix::io::FdFlags;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Starts `command` with `passed` open in it, under the numbers they have here.
 pub fn spawn_with(command: &mut Command, passed: &[BorrowedFd<'_>]) -> io::Result<Child> {
@@ -47,6 +49,14 @@ pub fn memory_file(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
         written += rustix::io::pwrite(&fd, &bytes[written..], written as u64)?;
     }
     Ok(fd)
+}
+
+/// Registers a descriptor with the event loop.
+#[allow(unsafe_code)] // tokio asks for a promise about the descriptor's life
+pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` gives the same open descriptor for as long as it lives, and nothing
+    // but the `AsyncFd` owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
 /// The numbers of descriptors, for a configuration.

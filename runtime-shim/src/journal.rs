@@ -97,7 +97,10 @@ impl Journal {
 pub fn kill_processes(taken: &[Taken]) {
     let this_boot = boot_id();
     for item in taken {
-        let Taken::Process { pid, start, boot, .. } = item else {
+        let Taken::Process {
+            pid, start, boot, ..
+        } = item
+        else {
             continue;
         };
         let Some(raw) = Pid::from_raw(*pid) else {
@@ -149,7 +152,9 @@ mod tests {
     fn read_with_torn_last_line_keeps_the_others() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::in_dir(dir.path());
-        let file = Taken::File { path: "/x/y".into() };
+        let file = Taken::File {
+            path: "/x/y".into(),
+        };
         journal.record(&file).unwrap();
         let mut raw = OpenOptions::new().append(true).open(&journal.path).unwrap();
         raw.write_all(b"{\"took\":\"file\",\"pa").unwrap();
@@ -164,7 +169,10 @@ mod tests {
 
     #[test]
     fn kill_processes_with_other_start_time_spares_the_process() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
         let pid = child.id() as i32;
         let start = start_time(pid).unwrap();
         let taken = |start| {

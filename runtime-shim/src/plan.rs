@@ -7,8 +7,10 @@ use crate::size::MIB;
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
 use oci_spec::runtime::Spec;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 
+/// Holds the user as an image's config names it: "name|uid[:group|gid]".
+pub const USER_ANNOTATION: &str = "io.casemate.user";
 /// What the guest's kernel and agent take before the container gets anything: added to `--memory`.
 const GUEST_BASE_MIB: u64 = 40;
 /// The kernel keeps 64 bytes for each page of 4 KiB.
@@ -42,6 +44,18 @@ pub struct Host {
     pub memory: u64,
 }
 
+impl Host {
+    /// The host this runs on.
+    pub fn here() -> Self {
+        let info = rustix::system::sysinfo();
+        let cpus = rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count());
+        Self {
+            cpus: cpus.max(1),
+            memory: info.totalram as u64 * u64::from(info.mem_unit.max(1)),
+        }
+    }
+}
+
 /// What a spec without limits gets.
 #[derive(Debug, Clone, Copy)]
 pub struct Defaults {
@@ -62,6 +76,15 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// A small file of the host whose content the guest gets in place of a bind mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopiedFile {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the guest.
+    pub target: String,
+}
+
 /// Everything decided about a sandbox and its first container.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -75,6 +98,12 @@ pub struct Plan {
     pub mounts: Vec<AgentMount>,
     /// The container's root in the guest.
     pub rootfs: String,
+    /// The spec as the guest shall apply it.
+    pub guest_spec: Spec,
+    /// What `guest_spec` expects to find in the guest.
+    pub files: Vec<CopiedFile>,
+    /// The user as an image's config names it, to be looked up in the container; empty: as in the spec.
+    pub user: String,
 }
 
 /// Why a spec can't be run.
@@ -87,7 +116,9 @@ pub enum PlanError {
         limit: i64,
     },
     /// The host has less memory.
-    #[error("a memory limit of {limit} bytes needs a guest of {guest_mib} MiB, and the host has {host_mib} MiB")]
+    #[error(
+        "a memory limit of {limit} bytes needs a guest of {guest_mib} MiB, and the host has {host_mib} MiB"
+    )]
     MemoryTooLarge {
         /// What was asked for.
         limit: u64,
@@ -97,7 +128,9 @@ pub enum PlanError {
         host_mib: u64,
     },
     /// More CPUs than there are.
-    #[error("range of CPUs is from 0.01 to {have}.00, as there are only {have} CPUs available; {asked} were asked for")]
+    #[error(
+        "range of CPUs is from 0.01 to {have}.00, as there are only {have} CPUs available; {asked} were asked for"
+    )]
     TooManyCpus {
         /// Rounded up.
         asked: u64,
@@ -113,7 +146,9 @@ pub enum PlanError {
         period: u64,
     },
     /// A rootfs mount of a kind that isn't supported.
-    #[error("rootfs mount {index} has the type {kind:?}; a sandbox takes erofs, ext4, tmpfs and overlay")]
+    #[error(
+        "rootfs mount {index} has the type {kind:?}; a sandbox takes erofs, ext4, tmpfs and overlay"
+    )]
     MountKind {
         /// Which.
         index: usize,
@@ -139,6 +174,14 @@ pub enum PlanError {
         /// How many.
         count: usize,
     },
+    /// A bind mount of something that isn't in the bundle.
+    #[error("mount {destination:?}: binding {source_path:?} of the host is not supported yet")]
+    Bind {
+        /// In the container.
+        destination: PathBuf,
+        /// On the host.
+        source_path: PathBuf,
+    },
     /// A source that is no absolute path.
     #[error("rootfs mount {index}: {source_path:?} is not an absolute path")]
     Source {
@@ -150,14 +193,18 @@ pub enum PlanError {
 }
 
 /// Decides everything about the sandbox of container `id`.
+///
+/// `bundle` is the directory of the spec: only files in it may be bound into the container.
 pub fn plan(
     id: &str,
+    bundle: &Path,
     spec: &Spec,
     rootfs: &[RootfsMount],
     host: Host,
     defaults: Defaults,
 ) -> Result<Plan, PlanError> {
     let (disks, mounts) = storage(id, rootfs)?;
+    let (guest_spec, files) = guest_spec(id, bundle, spec)?;
     let root = mounts
         .last()
         .map(|m| m.target.clone())
@@ -168,7 +215,47 @@ pub fn plan(
         disks,
         mounts,
         rootfs: root,
+        guest_spec,
+        files,
+        user: annotation(spec, USER_ANNOTATION)
+            .unwrap_or_default()
+            .to_owned(),
     })
+}
+
+/// An annotation's value.
+pub fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+/// The spec without what only the host could apply, and the files that stand for its bind mounts.
+fn guest_spec(id: &str, bundle: &Path, spec: &Spec) -> Result<(Spec, Vec<CopiedFile>), PlanError> {
+    let mut guest = spec.clone();
+    let mut files = Vec::new();
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        let options = mount.options().as_deref().unwrap_or_default();
+        let binds = mount.typ().as_deref() == Some("bind")
+            || options.iter().any(|o| o == "bind" || o == "rbind");
+        if !binds {
+            continue;
+        }
+        let source = mount.source().clone().unwrap_or_default();
+        let in_bundle = source
+            .strip_prefix(bundle)
+            .is_ok_and(|rest| rest.components().all(|c| matches!(c, Component::Normal(_))));
+        if !in_bundle {
+            return Err(PlanError::Bind {
+                destination: mount.destination().clone(),
+                source_path: source,
+            });
+        }
+        let target = format!("{GUEST_RUN_DIR}/{id}/file{index}");
+        mount.set_source(Some(target.clone().into()));
+        files.push(CopiedFile { source, target });
+    }
+    guest.set_mounts(Some(mounts));
+    Ok((guest, files))
 }
 
 /// Guest memory for a container that may use `limit` bytes.
@@ -398,7 +485,14 @@ mod tests {
     }
 
     fn planned(resources: &str) -> Result<Plan, PlanError> {
-        plan("c1", &spec(resources), &three_mounts(), HOST, DEFAULTS)
+        plan(
+            "c1",
+            Path::new("/bundle"),
+            &spec(resources),
+            &three_mounts(),
+            HOST,
+            DEFAULTS,
+        )
     }
 
     #[test]
@@ -412,14 +506,26 @@ mod tests {
         let mounts: Vec<_> = plan
             .mounts
             .iter()
-            .map(|m| (m.type_.as_str(), m.source.as_str(), m.target.as_str(), m.options.join(",")))
+            .map(|m| {
+                (
+                    m.type_.as_str(),
+                    m.source.as_str(),
+                    m.target.as_str(),
+                    m.options.join(","),
+                )
+            })
             .collect();
         let dir = "/run/casemate/c1";
         assert_eq!(
             mounts,
             [
                 ("erofs", "/dev/vda", &*format!("{dir}/m0"), "ro".to_owned()),
-                ("ext4", "/dev/vdb", &*format!("{dir}/m1"), "rw,noinit_itable".to_owned()),
+                (
+                    "ext4",
+                    "/dev/vdb",
+                    &*format!("{dir}/m1"),
+                    "rw,noinit_itable".to_owned()
+                ),
                 (
                     "overlay",
                     "none",
@@ -464,6 +570,50 @@ mod tests {
         }
     }
 
+    fn plan_of_json(json: &str) -> Result<Plan, PlanError> {
+        let spec = serde_json::from_str(json).unwrap();
+        plan(
+            "c1",
+            Path::new("/bundle"),
+            &spec,
+            &three_mounts(),
+            HOST,
+            DEFAULTS,
+        )
+    }
+
+    #[test]
+    fn plan_with_bind_of_a_bundle_file_copies_it() {
+        let plan = plan_of_json(
+            r#"{"ociVersion":"1.2.0","mounts":[{"destination":"/etc/hosts","type":"bind","source":"/bundle/hosts","options":["rbind","ro"]}],"annotations":{"io.casemate.user":"www-data"}}"#,
+        )
+        .unwrap();
+        let target = "/run/casemate/c1/file0";
+        assert_eq!(
+            plan.files,
+            [CopiedFile {
+                source: "/bundle/hosts".into(),
+                target: target.into()
+            }]
+        );
+        let mounts = plan.guest_spec.mounts().clone().unwrap();
+        assert_eq!(mounts[0].source(), &Some(target.into()));
+        assert_eq!(plan.user, "www-data");
+    }
+
+    #[test]
+    fn plan_with_bind_from_elsewhere_is_refused() {
+        for source in ["/etc/shadow", "/bundle/../etc/shadow", "/bundleful/x", ""] {
+            let json = format!(
+                r#"{{"ociVersion":"1.2.0","mounts":[{{"destination":"/x","source":"{source}","options":["bind"]}}]}}"#
+            );
+            assert!(
+                matches!(plan_of_json(&json), Err(PlanError::Bind { .. })),
+                "{source}"
+            );
+        }
+    }
+
     #[test]
     fn plan_with_odd_rootfs_is_refused() {
         for rootfs in [
@@ -476,7 +626,15 @@ mod tests {
             vec![mount("tmpfs", "", &[]); MAX_MOUNTS + 1],
         ] {
             assert!(
-                plan("c1", &spec("{}"), &rootfs, HOST, DEFAULTS).is_err(),
+                plan(
+                    "c1",
+                    Path::new("/bundle"),
+                    &spec("{}"),
+                    &rootfs,
+                    HOST,
+                    DEFAULTS
+                )
+                .is_err(),
                 "{rootfs:?}"
             );
         }
@@ -486,7 +644,7 @@ mod tests {
         #[test]
         fn plan_of_any_mount_never_panics(kind in "(erofs|ext4|overlay|tmpfs|.{0,8})", source in ".{0,20}", option in ".{0,40}") {
             let rootfs = [mount("tmpfs", "", &[]), mount(&kind, &source, &[&option])];
-            let _ = plan("c1", &spec("{}"), &rootfs, HOST, DEFAULTS);
+            let _ = plan("c1", Path::new("/bundle"), &spec("{}"), &rootfs, HOST, DEFAULTS);
         }
     }
 }

@@ -20,10 +20,24 @@ const FORMAT_VERSION: u32 = 1;
 /// No journal: a scratch disk needs no crash consistency. No resize inode, no reserved blocks and
 /// lazily initialised tables keep the template to a few hundred KiB, whatever its size.
 const FORMAT: &[&str] = &[
-    "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-I", "256", "-L", "casemate-scratch",
-    "-O", "^has_journal,^resize_inode,flex_bg,uninit_bg,^metadata_csum,extent,sparse_super",
-    "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0,packed_meta_blocks=1",
-    "-U", "6a5e6a7e-0000-4000-8000-000000000001",
+    "-q",
+    "-F",
+    "-t",
+    "ext4",
+    "-b",
+    "4096",
+    "-m",
+    "0",
+    "-I",
+    "256",
+    "-L",
+    "casemate-scratch",
+    "-O",
+    "^has_journal,^resize_inode,flex_bg,uninit_bg,^metadata_csum,extent,sparse_super",
+    "-E",
+    "lazy_itable_init=1,nodiscard,root_owner=0:0,packed_meta_blocks=1",
+    "-U",
+    "6a5e6a7e-0000-4000-8000-000000000001",
 ];
 
 /// Why a scratch disk can't be had.
@@ -82,8 +96,12 @@ pub fn checked_size(size: u64) -> Result<u64, ScratchError> {
 pub fn create(data_dir: &Path, size: u64, target: &Path) -> Result<(), ScratchError> {
     let size = checked_size(size)?;
     let template_path = template(data_dir, size)?;
-    let template = rustix::fs::open(&template_path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| io_error("open", &template_path)(e.into()))?;
+    let template = rustix::fs::open(
+        &template_path,
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|e| io_error("open", &template_path)(e.into()))?;
     if let Some(parent) = target.parent() {
         std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
     }

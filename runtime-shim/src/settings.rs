@@ -56,7 +56,9 @@ struct File {
     cpus: Option<u32>,
     storage_size: Option<String>,
     /// Registries, for the image store.
-    registry: Option<toml::Table>,
+    registries: Option<toml::Table>,
+    /// Limits, for the image store.
+    image: Option<toml::Table>,
 }
 
 /// Everything configurable, complete and checked.
@@ -82,8 +84,10 @@ pub struct Settings {
     pub cpus: u32,
     /// Bytes of a container's writable layer when `--storage-size` isn't given.
     pub storage_size: u64,
-    /// The `[registry]` table, for the image store.
-    pub registry: Option<toml::Table>,
+    /// The `[registries]` table, for the image store.
+    pub registries: Option<toml::Table>,
+    /// The `[image]` table, for the image store.
+    pub image: Option<toml::Table>,
 }
 
 /// A guest boots in well under a second; a loaded or emulated host gets the benefit of the doubt.
@@ -124,7 +128,8 @@ impl Settings {
             memory: bytes("memory", file.memory, DEFAULT_MEMORY)?,
             cpus: file.cpus.unwrap_or(1).max(1),
             storage_size: bytes("storage_size", file.storage_size, DEFAULT_STORAGE)?,
-            registry: file.registry,
+            registries: file.registries,
+            image: file.image,
         })
     }
 }
@@ -159,7 +164,8 @@ fn merge(base: File, over: File) -> File {
         memory: over.memory.or(base.memory),
         cpus: over.cpus.or(base.cpus),
         storage_size: over.storage_size.or(base.storage_size),
-        registry: over.registry.or(base.registry),
+        registries: over.registries.or(base.registries),
+        image: over.image.or(base.image),
     }
 }
 
@@ -168,14 +174,12 @@ fn start_timeout(
     file: Option<u64>,
 ) -> Result<Duration, SettingsError> {
     let seconds = match env {
-        Some(text) => Some(
-            text.to_str()
-                .and_then(|t| t.parse().ok())
-                .ok_or_else(|| SettingsError::Value {
-                    origin: "CASEMATE_START_TIMEOUT",
-                    message: format!("{text:?} is not a number of seconds"),
-                })?,
-        ),
+        Some(text) => Some(text.to_str().and_then(|t| t.parse().ok()).ok_or_else(|| {
+            SettingsError::Value {
+                origin: "CASEMATE_START_TIMEOUT",
+                message: format!("{text:?} is not a number of seconds"),
+            }
+        })?),
         None => file,
     };
     match seconds {
@@ -206,7 +210,10 @@ mod tests {
     fn parse_with_unknown_key_names_it() {
         let error = parse(Path::new("/x/config.toml"), "kernle = \"/k\"").unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("kernle") && text.contains("/x/config.toml"), "{text}");
+        assert!(
+            text.contains("kernle") && text.contains("/x/config.toml"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -37,7 +37,9 @@ pub enum StateError {
         source: io::Error,
     },
     /// Another container has the name.
-    #[error("the name {name:?} is in use by container {id}; remove it with `casemate rm`, or use another name")]
+    #[error(
+        "the name {name:?} is in use by container {id}; remove it with `casemate rm`, or use another name"
+    )]
     NameInUse {
         /// The name.
         name: String,
@@ -51,7 +53,9 @@ pub enum StateError {
     #[error("{0:?} is the beginning of more than one container's id; give more of it")]
     Ambiguous(String),
     /// Someone else's directory where ours should be.
-    #[error("{0} belongs to another user or may be written by others; remove it, or set CASEMATE_STATE")]
+    #[error(
+        "{0} belongs to another user or may be written by others; remove it, or set CASEMATE_STATE"
+    )]
     Untrusted(PathBuf),
     /// The container is running.
     #[error("container {0} is running; stop it first, or use --force")]
@@ -61,10 +65,7 @@ pub enum StateError {
     Stuck(String, Duration),
 }
 
-fn io_error<'a>(
-    action: &'static str,
-    path: &'a Path,
-) -> impl FnOnce(io::Error) -> StateError + 'a {
+fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StateError + 'a {
     move |source| StateError::Io {
         action,
         path: path.to_owned(),
@@ -402,12 +403,12 @@ impl SandboxDir {
     pub fn remove(self) -> Result<(), StateError> {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
-        journal::delete_files(&taken)
-            .map_err(io_error("delete the files that the journal names in", &self.path))?;
+        journal::delete_files(&taken).map_err(io_error(
+            "delete the files that the journal names in",
+            &self.path,
+        ))?;
         match std::fs::remove_dir_all(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(io_error("remove", &self.path)(e))
-            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &self.path)(e)),
             _ => Ok(()),
         }
     }
