@@ -5,6 +5,8 @@
 //! (`containerd-shim-casemate-v2`, module [`shim`]). The command line is a thin
 //! client: it builds an OCI spec and calls the shim's Task service.
 
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod fds;
 pub mod journal;
 pub mod paths;

@@ -209,9 +209,10 @@ pub fn plan(
         .last()
         .map(|m| m.target.clone())
         .ok_or(PlanError::MountCount(0))?;
+    let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
     Ok(Plan {
-        memory_mib: memory_mib(spec, host, defaults)?,
-        vcpus: vcpus(spec, host, defaults)?,
+        memory_mib,
+        vcpus,
         disks,
         mounts,
         rootfs: root,
@@ -221,6 +222,14 @@ pub fn plan(
             .unwrap_or_default()
             .to_owned(),
     })
+}
+
+/// The guest's memory in MiB and its vCPUs.
+pub fn sizes(spec: &Spec, host: Host, defaults: Defaults) -> Result<(u32, u8), PlanError> {
+    Ok((
+        memory_mib(spec, host, defaults)?,
+        vcpus(spec, host, defaults)?,
+    ))
 }
 
 /// An annotation's value.

@@ -47,6 +47,7 @@ struct File {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     vmm: Option<PathBuf>,
+    kvm: Option<PathBuf>,
     shim: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     data_dir: Option<PathBuf>,
@@ -70,6 +71,8 @@ pub struct Settings {
     pub initrd: PathBuf,
     /// The VMM's binary.
     pub vmm: PathBuf,
+    /// KVM's device.
+    pub kvm: PathBuf,
     /// The shim's binary.
     pub shim: PathBuf,
     /// State of running sandboxes.
@@ -115,6 +118,7 @@ impl Settings {
             kernel: file.kernel.unwrap_or_else(|| install.kernel()),
             initrd: file.initrd.unwrap_or_else(|| install.initrd()),
             vmm: file.vmm.unwrap_or_else(|| install.vmm()),
+            kvm: file.kvm.unwrap_or_else(|| "/dev/kvm".into()),
             shim: file.shim.unwrap_or_else(|| install.shim()),
             state_dir: env("CASEMATE_STATE")
                 .map(PathBuf::from)
@@ -157,6 +161,7 @@ fn merge(base: File, over: File) -> File {
         kernel: over.kernel.or(base.kernel),
         initrd: over.initrd.or(base.initrd),
         vmm: over.vmm.or(base.vmm),
+        kvm: over.kvm.or(base.kvm),
         shim: over.shim.or(base.shim),
         state_dir: over.state_dir.or(base.state_dir),
         data_dir: over.data_dir.or(base.data_dir),

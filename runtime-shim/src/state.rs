@@ -285,7 +285,7 @@ impl StateRoot {
             .iter()
             .filter_map(|id| self.container(id))
             .collect();
-        all.sort_by(|a, b| b.meta.created.cmp(&a.meta.created));
+        all.sort_by_key(|c| std::cmp::Reverse(c.meta.created));
         Ok(all)
     }
 

@@ -1,2 +1,7 @@
-//! The command line.
-fn main() {}
+//! `casemate`: containers in microVMs of their own.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    casemate::cli::main()
+}

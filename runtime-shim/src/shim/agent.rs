@@ -60,7 +60,10 @@ pub(super) struct Agent {
 
 impl Agent {
     /// Wraps our end of the control connection; nothing is sent yet.
-    pub(super) fn new(stream: StdUnixStream, ended: watch::Receiver<Option<Ended>>) -> io::Result<Self> {
+    pub(super) fn new(
+        stream: StdUnixStream,
+        ended: watch::Receiver<Option<Ended>>,
+    ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let stream = tokio::net::UnixStream::from_std(stream)?;
         let socket = ttrpc::r#async::transport::Socket::new(Guarded::new(stream));

@@ -138,7 +138,8 @@ impl Container {
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
 
-        let (sandbox, stdio) = Sandbox::start(&plan, first, &launch).await?;
+        let (sandbox, mut stdio) = Sandbox::start(&plan, first, &launch).await?;
+        (stdio.rows, stdio.cols) = console_size(&spec);
         let request = proto::CreateContainerRequest {
             stdio: Some(stdio).into(),
             ..request
@@ -364,6 +365,13 @@ impl Container {
 
 fn libc_sigkill() -> u32 {
     rustix::process::Signal::KILL.as_raw() as u32
+}
+
+/// Rows and columns that the front door's terminal has; 0: unknown.
+fn console_size(spec: &Spec) -> (u32, u32) {
+    let size = spec.process().as_ref().and_then(|p| p.console_size());
+    let cells = |n: u64| u32::try_from(n).unwrap_or(0);
+    size.map_or((0, 0), |s| (cells(s.height()), cells(s.width())))
 }
 
 fn read_spec(bundle: &Path) -> Result<Spec, ContainerError> {

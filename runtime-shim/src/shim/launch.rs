@@ -30,8 +30,13 @@ pub(super) enum LaunchError {
         source: io::Error,
     },
     /// No KVM for us.
-    #[error("can't open /dev/kvm; `casemate check` says what is missing and how to mend it")]
-    Kvm(#[source] io::Error),
+    #[error("can't open {path}; `casemate check` says what is missing and how to mend it")]
+    Kvm {
+        /// The device.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// The VMM can't be started.
     #[error("can't start {path}")]
     Spawn {
@@ -127,8 +132,11 @@ impl Sandbox {
         launch: &Launch<'_>,
     ) -> Result<(Self, proto::Stdio), LaunchError> {
         let settings = launch.settings;
-        let kvm = rustix::fs::open("/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| LaunchError::Kvm(e.into()))?;
+        let kvm = rustix::fs::open(&settings.kvm, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| LaunchError::Kvm {
+                path: settings.kvm.clone(),
+                source: e.into(),
+            })?;
         let kernel = open("the guest's kernel", &settings.kernel, OFlags::RDONLY)?;
         let initrd = open("the guest's initrd", &settings.initrd, OFlags::RDONLY)?;
         let disks = open_disks(plan)?;
