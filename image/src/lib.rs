@@ -5,6 +5,7 @@
 //! shared between images on disk and between sandboxes in the page cache.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod blob;
 mod convert;
 mod digest;

@@ -363,6 +363,17 @@ impl<R: BufRead, T: Tap> Archive<R, T> {
     }
 }
 
+impl<R: io::Read + io::Seek, T: Tap> Archive<io::BufReader<R>, T> {
+    /// Leaves the entry's data and padding out without reading them, for archives in files.
+    pub(crate) fn seek_data(&mut self) -> Result<()> {
+        let length = std::mem::take(&mut self.data) + std::mem::take(&mut self.padding);
+        let step = i64::try_from(length).map_err(|_| self.at_error("size out of range"))?;
+        self.input.seek_relative(step).map_err(input_error)?;
+        self.at += length;
+        Ok(())
+    }
+}
+
 /// An error of the input, which may carry one of ours.
 pub(crate) fn input_error(e: io::Error) -> Error {
     match e.downcast::<Error>() {
