@@ -95,6 +95,8 @@ fn mount(kind: &str, at: &str) {
 }
 
 fn power(byte: u8) -> ! {
+    // SAFETY: waits until the console has sent everything; without a console it fails at once.
+    unsafe { libc::tcdrain(1) };
     // SAFETY: a port write touches no memory; `ioperm` has allowed it.
     unsafe { asm!("out dx, al", in("dx") POWER_PORT, in("al") byte, options(nomem, nostack)) };
     loop {

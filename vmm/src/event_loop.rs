@@ -43,10 +43,15 @@ impl EventLoop {
 
     /// Runs the guest until it ends.
     pub fn run(mut self, config: &VmConfig, phases: &mut Phases) -> Outcome {
+        // Behind its filter each vCPU waits at the gate; this thread's comes last.
+        self.vm.shared.gate.wait_for(self.vm.vcpus.len());
+        if let Some(outcome) = self.vm.shared.ending.outcome().cloned() {
+            return self.finish(outcome);
+        }
         if config.confinement != Confinement::Off
             && let Err(error) = seccomp::install(ThreadKind::EventLoop)
         {
-            return Outcome::new(exit_code::START_FAILED, error.to_string());
+            return self.finish(Outcome::new(exit_code::START_FAILED, error.to_string()));
         }
         phases.reached(Phase::FirstRun);
         self.vm.shared.gate.open();

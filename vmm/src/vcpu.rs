@@ -108,13 +108,12 @@ impl Vcpu {
             .name(format!("vcpu{index}"))
             .stack_size(STACK)
             .spawn(move || {
-                if let Err(reason) = prepare() {
-                    shared
-                        .ending
-                        .end(Outcome::new(exit_code::START_FAILED, reason));
-                    return;
-                }
-                shared.ending.end(run(&thread_fd, &thread_exits, &shared));
+                let ready = prepare().and_then(|()| rehearse(&mut lock(&thread_fd)));
+                shared.gate.arrive();
+                shared.ending.end(match ready {
+                    Ok(()) => run(&thread_fd, &thread_exits, &shared),
+                    Err(reason) => Outcome::new(exit_code::START_FAILED, reason),
+                });
             })?;
         Ok(Self {
             fd,
@@ -139,6 +138,18 @@ impl Vcpu {
     /// Exits so far.
     pub fn exits(&self) -> &Exits {
         &self.exits
+    }
+}
+
+/// Enters KVM_RUN without running an instruction. The first call starts a kernel thread in
+/// this process (KVM's huge-page recovery), which RLIMIT_NPROC forbids later: the call would
+/// then fail with EAGAIN for ever.
+fn rehearse(fd: &mut VcpuFd) -> Result<(), String> {
+    fd.set_kvm_immediate_exit(1);
+    match fd.run() {
+        Err(error) if error.errno() == libc::EINTR => Ok(()),
+        Err(error) => Err(format!("KVM could not run a vCPU: {error}")),
+        Ok(exit) => Err(format!("KVM ran a vCPU too early: {exit:?}")),
     }
 }
 
