@@ -185,10 +185,9 @@ impl Subject {
     }
 
     pub(crate) fn wait(&self) -> ExitStatus {
-        self.child
-            .borrow_mut()
-            .wait()
-            .expect("a child can be waited for")
+        let mut child = self.child.borrow_mut();
+        let _open = child.stdin.take(); // which `Child::wait` would close, and so end the process
+        child.wait().expect("a child can be waited for")
     }
 
     /// What it says on standard error when it refuses to start.

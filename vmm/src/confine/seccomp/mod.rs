@@ -78,13 +78,15 @@ pub fn install(kind: ThreadKind) -> Result<(), ConfineError> {
     load(kind.program())
 }
 
-/// Filters the process that waits for the VMM outside its PID namespace; `pid` is its own.
-pub(super) fn install_waiter(pid: u32) -> Result<(), ConfineError> {
+/// Filters the process that waits for the VMM outside its PID namespace, given its id and the VMM's.
+pub(super) fn install_waiter(own: u32, child: u32) -> Result<(), ConfineError> {
     static WAITER: Program = compile(&[tables::WAITER]);
     let mut program = WAITER;
     for instruction in program.code_mut() {
-        if instruction.k == tables::OWN_PID {
-            instruction.k = pid;
+        match instruction.k {
+            tables::OWN_PID => instruction.k = own,
+            tables::CHILD_PID => instruction.k = child,
+            _ => {}
         }
     }
     load(&program)

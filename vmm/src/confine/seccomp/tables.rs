@@ -39,8 +39,9 @@ const NOT_EXECUTABLE: Arg = bits(2, libc::PROT_EXEC as u32, &[0]);
 /// Without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME.
 const FUTEX_OPERATION: u32 = !(128 | 256);
 
-/// Stands for the process's own id in [`WAITER`]; no process can have it.
+/// Stand for process ids in [`WAITER`]; no process can have them.
 pub(super) const OWN_PID: u32 = 0xffff_fff0;
+pub(super) const CHILD_PID: u32 = 0xffff_fff1;
 
 /// What the allocator, the standard library's locks and a thread's end need.
 pub(super) const COMMON: &[Rule] = &[
@@ -170,8 +171,6 @@ pub(super) const BLOCK_WORKER: &[Rule] = &[
     rule!(SYS_timerfd_settime, "rate limits"),
     rule!(SYS_preadv2, "guest reads"),
     rule!(SYS_pwritev2, "guest writes"),
-    rule!(SYS_preadv, "guest reads (glibc's preadv2 without flags)"),
-    rule!(SYS_pwritev, "guest writes (glibc's pwritev2 without flags)"),
     rule!(SYS_fdatasync, "guest flushes"),
     rule!(
         SYS_fallocate,
@@ -186,10 +185,18 @@ pub(super) const BLOCK_WORKER: &[Rule] = &[
     ),
 ];
 
-/// The process that stays outside the PID namespace: it waits and passes the end on.
+/// The process that stays outside the PID namespace: it waits and passes signals and the end on.
 pub(super) const WAITER: &[Rule] = &[
-    rule!(SYS_waitid, "waits for the VMM"),
-    rule!(SYS_kill, [is(0, &[OWN_PID])], "dies of the VMM's signal"),
+    rule!(
+        SYS_rt_sigtimedwait,
+        "waits for the VMM's end and for SIGTERM and SIGINT"
+    ),
+    rule!(SYS_waitid, "takes the VMM's exit status"),
+    rule!(
+        SYS_kill,
+        [is(0, &[OWN_PID, CHILD_PID])],
+        "hands signals to the VMM, dies of the VMM's signal"
+    ),
     rule!(SYS_exit_group, "ends with the VMM's exit code"),
 ];
 
