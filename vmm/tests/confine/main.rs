@@ -195,6 +195,7 @@ fn forbidden_argument_kills(starter: Starter) -> Result<(), Failed> {
         "ioctl EventLoop",
         "map-executable BlockWorker",
         "protect-executable EventLoop",
+        "signal-another EventLoop",
     ];
     for case in cases {
         let end = Subject::start(starter, &format!("do {case}")).end();

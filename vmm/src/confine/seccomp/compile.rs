@@ -58,6 +58,7 @@ pub(super) struct Program {
 }
 
 impl Program {
+    #[cfg(test)]
     pub(super) fn code(&self) -> &[sock_filter] {
         &self.code[..self.len]
     }

@@ -39,8 +39,9 @@ const NOT_EXECUTABLE: Arg = bits(2, libc::PROT_EXEC as u32, &[0]);
 /// Without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME.
 const FUTEX_OPERATION: u32 = !(128 | 256);
 
-/// Stand for process ids in [`WAITER`]; no process can have them.
+/// Stands for the process's own id until the filter is installed; no process can have it.
 pub(super) const OWN_PID: u32 = 0xffff_fff0;
+/// Stands for the VMM's id in [`WAITER`].
 pub(super) const CHILD_PID: u32 = 0xffff_fff1;
 
 /// What the allocator, the standard library's locks and a thread's end need.
@@ -108,8 +109,8 @@ pub(super) const COMMON: &[Rule] = &[
     rule!(SYS_gettid, "abort addresses its own thread"),
     rule!(
         SYS_tgkill,
-        [is(2, &[34, libc::SIGABRT as u32])],
-        "SIGRTMIN takes a vCPU out of the guest; a panic aborts. Only this process can be hit: no other is in its PID namespace"
+        [is(0, &[OWN_PID]), is(2, &[SIGRTMIN, libc::SIGABRT as u32])],
+        "SIGRTMIN takes a vCPU out of the guest; a panic aborts"
     ),
     rule!(
         SYS_sigaltstack,
@@ -199,6 +200,9 @@ pub(super) const WAITER: &[Rule] = &[
     ),
     rule!(SYS_exit_group, "ends with the VMM's exit code"),
 ];
+
+/// The first real-time signal that the C library leaves to programs.
+const SIGRTMIN: u32 = 34;
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
