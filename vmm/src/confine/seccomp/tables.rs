@@ -145,10 +145,11 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
                 libc::F_GETFL as u32,
                 libc::F_SETFL as u32,
                 libc::F_GETFD as u32,
-                libc::F_SETFD as u32
+                libc::F_SETFD as u32,
+                libc::F_DUPFD_CLOEXEC as u32
             ]
         )],
-        "descriptors that arrive over the control socket become non-blocking"
+        "descriptors that arrive over the control socket become non-blocking; a resumed device gets its own of each kick"
     ),
     rule!(SYS_lseek, "size of a swapped-in disk"),
     rule!(
@@ -161,8 +162,20 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
 
 /// A vCPU thread; it also runs what a device does in the guest's register writes.
 pub(super) const VCPU: &[Rule] = &[
-    rule!(SYS_ioctl, [is(1, &[KVM_RUN])], "enters the guest"),
-    rule!(SYS_epoll_ctl, "a device's activation watches its queues"),
+    rule!(
+        SYS_ioctl,
+        [is(1, &[KVM_RUN, KVM_GET_REGS])],
+        "enters the guest; tells where it was when KVM gave up"
+    ),
+    rule!(
+        SYS_epoll_ctl,
+        "a device's activation watches its queues, its reset unwatches them"
+    ),
+    rule!(
+        SYS_fcntl,
+        [is(1, &[libc::F_DUPFD_CLOEXEC as u32])],
+        "an activated device gets its own descriptor of each queue's kick"
+    ),
 ];
 
 /// A disk's worker thread.
@@ -206,3 +219,5 @@ const SIGRTMIN: u32 = 34;
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
+/// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
+const KVM_GET_REGS: u32 = 0x8090_ae81;
