@@ -3,6 +3,7 @@
 //! The transport (`mmio`) owns registers, feature negotiation, status, queue
 //! addresses and the interrupt; a device sees only active queues.
 
+pub mod balloon;
 pub mod blk;
 pub mod buffers;
 pub mod counters;
