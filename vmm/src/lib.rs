@@ -4,4 +4,5 @@
 pub mod config;
 pub mod control;
 pub mod exit_code;
+pub mod rate_limit;
 pub mod virtio;

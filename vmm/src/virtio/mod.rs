@@ -3,6 +3,15 @@
 //! The transport (`mmio`) owns registers, feature negotiation, status, queue
 //! addresses and the interrupt; a device sees only active queues.
 
+pub mod blk;
+pub mod buffers;
+pub mod counters;
+pub mod ring;
+pub mod rng;
+pub mod saved;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
+
 use std::os::fd::RawFd;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
