@@ -1,0 +1,5 @@
+//! Talking to registries.
+
+mod config;
+
+pub use config::{RegistryConfig, RegistryHost};
