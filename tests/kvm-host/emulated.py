@@ -99,6 +99,7 @@ class Run:
         try:
             return self._attend(qemu)
         finally:
+            self._done.set()
             qemu.kill()
             qemu.wait()
 
