@@ -36,16 +36,8 @@ CMDLINE = "console=ttyS0 panic=-1 reboot=t tsc=reliable no_timer_check"
 # Without ERMS and FSRM: a `rep movsb` would count as one instruction per byte.
 CLOCK = ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0,sleep=off", "-smp", "1", "-seed", "42",
          "-rtc", "base=2026-01-01T00:00:00,clock=vm", "-cpu", "EPYC-Milan,+svm,+npt,-erms,-fsrm"]  # fmt: skip
-CLOCK_CMDLINE = "nokaslr norandmaps mitigations=off rdinit=/job/init -- /job"
+CLOCK_CMDLINE = "nokaslr norandmaps mitigations=off rdinit=/job/init job=/job"
 NINE_P = "root=rootfs rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=loose rw"
-
-
-class End(Exception):
-    """The run is over, with this exit status."""
-
-    def __init__(self, status):
-        super().__init__(status)
-        self.status = status
 
 
 class Stream(threading.Thread):
@@ -90,6 +82,7 @@ class Run:
         self._console = collections.deque(maxlen=CONSOLE_LINES)
         self._done = threading.Event()
         self._status = None
+        self._exited = False
         self._exits = {}
         self._ports = {}
         self._inherited = []
@@ -106,6 +99,7 @@ class Run:
         try:
             return self._attend(qemu)
         finally:
+            self._done.set()
             qemu.kill()
             qemu.wait()
 
@@ -114,7 +108,7 @@ class Run:
         streams = [Stream(self._ports[2], 1, token, self._end), Stream(self._ports[3], 2, token, self._end)]
         for stream in streams:
             stream.start()
-        for target, *arguments in ((self._read_control,), (self._read_console,), (self._await_qemu, qemu, streams)):
+        for target, *arguments in ((self._read_control,), (self._read_console,), (self._await_qemu, qemu)):
             threading.Thread(target=target, args=arguments, daemon=True).start()
         if 4 in self._ports:
             threading.Thread(target=self._feed, daemon=True).start()
@@ -138,8 +132,6 @@ class Run:
             with open(options.exits, "w", encoding="utf-8") as file:
                 json.dump(self._exits, file, indent=1, sort_keys=True)
         return self._status
-
-    _exited = False
 
     def _end(self, status):
         if not self._done.is_set():
@@ -165,8 +157,10 @@ class Run:
                     sys.stderr.buffer.write(line)
                     sys.stderr.flush()
 
-    def _await_qemu(self, qemu, _streams):
+    def _await_qemu(self, qemu):
         _, complaint = qemu.communicate()
+        # It says so of some twenty features of the processor model, for each processor.
+        complaint = b"".join(line for line in complaint.splitlines(True) if b"TCG doesn't support" not in line)
         if not self._done.is_set():
             self._complain(f"the emulated host ended early (QEMU: {qemu.returncode})", complaint)
             self._end(HOST_FAILED)
@@ -191,23 +185,24 @@ class Run:
         """Prepares the job's files; returns QEMU's command line."""
         options = self._options
         cmdline = f"{CMDLINE} loglevel={7 if options.console else 4} "
-        arguments = [*MACHINE, "-m", str(options.memory), "-kernel", options.kernel]
+        # The first device: its ports are /dev/vport0pN.
+        arguments = [*MACHINE, "-m", str(options.memory), "-kernel", options.kernel, "-device", "virtio-serial-device"]
+        self._write_job()
         if options.clock:
-            self._write_job()
             arguments += [*CLOCK, "-initrd", self._write_initramfs()]
             cmdline += CLOCK_CMDLINE
         else:
-            self._write_job()
             arguments += ["-accel", "tcg,thread=multi,tb-size=512", "-smp", str(options.cpus),
                           "-cpu", "EPYC-Milan,+svm,+npt",
                           "-fsdev", "local,id=fs0,path=/,security_model=none,multidevs=remap",
                           "-device", "virtio-9p-device,fsdev=fs0,mount_tag=rootfs"]  # fmt: skip
             if options.disk:
-                arguments += ["-drive", f"file={self._write_disk()},if=none,id=disk,format=raw,cache=unsafe,discard=unmap",
+                for descriptor in self._make_disk():
+                    arguments += ["-add-fd", f"fd={descriptor},set=1"]
+                arguments += ["-drive", "file=/dev/fdset/1,if=none,id=disk,format=raw,cache=unsafe,discard=unmap",
                               "-device", "virtio-blk-device,drive=disk"]  # fmt: skip
-            cmdline += f"{NINE_P} init={self._directory}/init -- {self._directory}"
-        arguments += ["-append", cmdline, *self._port("console"), "-serial", "chardev:console",
-                      "-device", "virtio-serial-device"]  # fmt: skip
+            cmdline += f"{NINE_P} init={self._directory}/init job={self._directory}"
+        arguments += ["-append", cmdline, *self._port("console"), "-serial", "chardev:console"]
         for number in range(1, 5 if options.stdin else 4):
             arguments += [*self._port(number), "-device", f"virtserialport,nr={number},chardev=port{number}"]
         return arguments
@@ -260,13 +255,18 @@ class Run:
             file.write(text)
         os.chmod(path, 0o755)
 
-    def _write_disk(self):
+    def _make_disk(self):
+        """A sparse ext4 disk that is already unlinked, so that nothing stays whatever happens."""
         path = os.path.join(self._directory, "disk")
         with open(path, "wb") as file:
             file.truncate(self._options.disk << 30)
         subprocess.run(["mkfs.ext4", "-q", "-m0", "-O^has_journal", "-Elazy_itable_init=1,nodiscard", path],
                        check=True, stdin=subprocess.DEVNULL, env={"PATH": "/usr/sbin:/sbin"})  # fmt: skip
-        return path
+        # QEMU takes the descriptor whose mode fits, and opens read-only first.
+        descriptors = [os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)]
+        os.unlink(path)
+        self._inherited += descriptors
+        return descriptors
 
     def _write_initramfs(self):
         path = os.path.join(self._directory, "initramfs")
