@@ -11,6 +11,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 /// Most vectors the kernel takes in one call (UIO_MAXIOV).
@@ -91,11 +92,21 @@ impl Buffers {
         true
     }
 
-    /// Drops used-up vectors, so that a list that is pushed to for ever doesn't grow.
-    pub fn compact(&mut self) {
-        if self.first > 0 {
-            self.vectors.drain(..self.first);
-            self.first = 0;
+    /// Appends what `other`, of the same memory, holds behind its first `skip` bytes.
+    pub fn append(&mut self, other: &Buffers, mut skip: usize) {
+        assert!(
+            Arc::ptr_eq(&self.memory, &other.memory),
+            "buffers of two memories"
+        );
+        for vector in &other.vectors[other.first..] {
+            let skipped = skip.min(vector.iov_len);
+            skip -= skipped;
+            let iov_len = vector.iov_len - skipped;
+            if iov_len > 0 {
+                let iov_base = vector.iov_base.cast::<u8>().wrapping_add(skipped).cast();
+                self.vectors.push(libc::iovec { iov_base, iov_len });
+                self.len += iov_len;
+            }
         }
     }
 
@@ -202,7 +213,16 @@ impl Buffers {
         })
     }
 
-    /// Fills up to `count` bytes from a stream or tap.
+    /// Receives up to `count` bytes from a socket, without waiting.
+    pub fn receive(&mut self, socket: BorrowedFd<'_>, count: usize) -> io::Result<usize> {
+        self.transfer(count, |vectors, n| {
+            let mut message = message(vectors, n);
+            // SAFETY: as in `read_at`.
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
+        })
+    }
+
+    /// Fills up to `count` bytes from a tap.
     pub fn read_from(&mut self, fd: BorrowedFd<'_>, count: usize) -> io::Result<usize> {
         self.transfer(count, |vectors, n| {
             // SAFETY: as in `read_at`.
@@ -332,15 +352,30 @@ impl LastByte {
     }
 }
 
+/// Sends the host's own bytes on a socket, without SIGPIPE and without waiting.
+pub(crate) fn send(socket: BorrowedFd<'_>, parts: [&[u8]; 2]) -> io::Result<usize> {
+    let vectors = parts.map(|part| libc::iovec {
+        iov_base: part.as_ptr().cast_mut().cast(),
+        iov_len: part.len(),
+    });
+    loop {
+        let sent = send_vectors(socket, vectors.as_ptr(), 2);
+        if sent >= 0 {
+            return Ok(sent as usize);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
 fn send_vectors(
     socket: BorrowedFd<'_>,
     vectors: *const libc::iovec,
     count: libc::c_int,
 ) -> libc::ssize_t {
-    // SAFETY: all-zero is a valid msghdr: no name, no control data.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = vectors.cast_mut();
-    message.msg_iovlen = count as usize;
+    let message = message(vectors, count);
     // SAFETY: the callers' vectors are valid for reads.
     unsafe {
         libc::sendmsg(
@@ -348,5 +383,46 @@ fn send_vectors(
             &message,
             libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
         )
+    }
+}
+
+fn message(vectors: *const libc::iovec, count: libc::c_int) -> libc::msghdr {
+    // SAFETY: all-zero is a valid msghdr: no name, no control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vectors.cast_mut();
+    message.msg_iovlen = count as usize;
+    message
+}
+
+/// Waits until `fd` can be written to or has failed; false when `timeout` is over.
+pub(crate) fn wait_writable(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
+    let mut entry = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&mut entry, 1, timeout) > 0 }
+}
+
+/// Throws away what a socket has received, at most `limit` bytes.
+pub(crate) fn discard_input(socket: BorrowedFd<'_>, limit: usize) {
+    let mut scratch = [0u8; 4096];
+    let mut left = limit;
+    while left > 0 {
+        // SAFETY: `scratch` is valid for writes of its length.
+        let count = unsafe {
+            libc::recv(
+                socket.as_raw_fd(),
+                scratch.as_mut_ptr().cast(),
+                scratch.len(),
+                libc::MSG_DONTWAIT,
+            )
+        };
+        match usize::try_from(count) {
+            Ok(count @ 1..) => left = left.saturating_sub(count),
+            _ => return,
+        }
     }
 }

@@ -9,8 +9,10 @@ pub mod counters;
 pub mod ring;
 pub mod rng;
 pub mod saved;
+pub mod supply;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vsock;
 
 use std::os::fd::RawFd;
 use virtio_queue::Queue;
