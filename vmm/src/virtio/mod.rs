@@ -6,6 +6,7 @@
 pub mod blk;
 pub mod buffers;
 pub mod counters;
+pub mod mmio;
 pub mod ring;
 pub mod rng;
 pub mod saved;
