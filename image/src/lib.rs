@@ -5,13 +5,21 @@
 //! shared between images on disk and between sandboxes in the page cache.
 #![forbid(unsafe_code)]
 
+mod blob;
+mod convert;
 mod digest;
+mod erofs;
 mod error;
+mod layer;
 mod limits;
+mod merge;
 mod platform;
 mod progress;
+mod recipe;
 mod registry;
 mod store;
+mod tar;
+mod tree;
 
 pub use digest::Digest;
 pub use error::{Error, Result};
@@ -22,5 +30,5 @@ pub use progress::{Event, NoProgress, Progress};
 pub use registry::{RegistryConfig, RegistryHost};
 pub use store::{
     Image, Lease, LoadOptions, LoadSource, Pruned, PullOptions, PullPolicy, Removed, RootfsDisk,
-    SaveTarget, Store,
+    SaveTarget, Store, parse_reference,
 };

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct Limits {
     /// Uncompressed bytes of one layer: a zip bomb stops here. 64 GiB holds the largest CUDA and model images seen.
     pub layer_bytes: u64,
-    /// Uncompressed bytes for each compressed one. Real layers reach some 30, a sparse database file a few hundred, gzip's maximum is 1032.
+    /// Uncompressed bytes for each compressed one, looked at from a gigabyte on. Real layers reach some 30; gzip can reach 1032, zstd far more.
     pub layer_ratio: u64,
     /// Entries of one layer; each costs some 150 bytes of memory while the layer is converted.
     pub layer_entries: u64,
@@ -36,7 +36,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             layer_bytes: 64 << 30,
-            layer_ratio: 2000,
+            layer_ratio: 200,
             layer_entries: 4_000_000,
             layer_metadata_bytes: 1 << 30,
             path_bytes: 4096,
