@@ -49,8 +49,8 @@ pub(super) fn fork() -> Result<(), ConfineError> {
 fn wait(child: libc::pid_t) -> ! {
     let pid = getpid();
     let signals = take_signals();
-    let confined = fds::close_range(0, u32::MAX)
-        .and_then(|()| seccomp::install_waiter(pid.as_raw_pid() as u32, child as u32));
+    let confined =
+        fds::close_range(0, u32::MAX).and_then(|()| seccomp::install_waiter(child as u32));
     if confined.is_err() {
         // Takes the child along; there is nowhere left to say why.
         exit(exit_code::START_FAILED.into());

@@ -108,6 +108,11 @@ fn commit(crime: &str) {
         "socket" => call(libc::SYS_socket, [1, 1, 0]),
         "openat" => call(libc::SYS_openat, [-100, c"/".as_ptr() as libc::c_long, 0]),
         "kill" => call(libc::SYS_kill, [1, 0, 0]),
+        // The process that started this one: out of reach in a PID namespace, in reach without.
+        "signal-another" => {
+            let parent = std::os::unix::process::parent_id() as libc::c_long;
+            call(libc::SYS_tgkill, [parent, parent, libc::SIGABRT.into()]);
+        }
         "ioctl" => call(
             libc::SYS_ioctl,
             [
