@@ -1,0 +1,27 @@
+//! What busybox lacks, for use in the guest: a static program that every fixture image carries.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.split_first() {
+        Some((verb, rest)) if verb == "tree" && !rest.is_empty() => {
+            let skip: Vec<PathBuf> = rest[1..].iter().map(PathBuf::from).collect();
+            match casemate_tests::list_tree(Path::new(&rest[0]), &skip) {
+                Ok(text) => {
+                    print!("{text}");
+                    ExitCode::SUCCESS
+                }
+                Err(error) => {
+                    eprintln!("{}: {error}", rest[0]);
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        _ => {
+            eprintln!("usage: guest-tool tree ROOT [SKIP…]");
+            ExitCode::from(2)
+        }
+    }
+}
