@@ -19,9 +19,19 @@ fn main() -> ExitCode {
                 }
             }
         }
+        Some((verb, [])) if verb == "hog" => hog(),
         _ => {
-            eprintln!("usage: guest-tool tree ROOT [SKIP…]");
+            eprintln!("usage: guest-tool tree ROOT [SKIP…] | hog");
             ExitCode::from(2)
         }
+    }
+}
+
+/// Takes memory, every page of it touched, until the kernel has had enough.
+fn hog() -> ! {
+    let mut hoard = Vec::new();
+    loop {
+        hoard.push(vec![1_u8; 1 << 20]);
+        std::hint::black_box(&hoard);
     }
 }

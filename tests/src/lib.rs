@@ -22,5 +22,6 @@ mod tree;
 
 pub use command::{Finished, Running};
 pub use host::Host;
+pub use registry::Registry;
 pub use terminal::Terminal;
 pub use tree::list as list_tree;
