@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// One measured figure, as a measuring process prints it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Figure {
+pub(crate) struct Figure {
     /// Key of the summary.
     pub key: String,
     /// Unit of the samples, `ratio` where two sides are compared.
@@ -26,33 +26,48 @@ pub struct Figure {
 
 impl Figure {
     /// A figure of one side.
-    pub fn plain(key: &str, unit: &str, ours: Vec<f64>) -> Self {
+    pub(crate) fn plain(key: &str, unit: &str, ours: Vec<f64>) -> Self {
         let (key, unit) = (key.to_owned(), unit.to_owned());
-        Self { key, unit, ours, theirs: Vec::new(), side_unit: String::new(), details: BTreeMap::new() }
+        Self {
+            key,
+            unit,
+            ours,
+            theirs: Vec::new(),
+            side_unit: String::new(),
+            details: BTreeMap::new(),
+        }
     }
 
     /// A comparison, both sides measured in turn.
-    pub fn ratio(key: &str, side_unit: &str, pairs: Vec<(f64, f64)>) -> Self {
+    pub(crate) fn ratio(key: &str, side_unit: &str, pairs: Vec<(f64, f64)>) -> Self {
         let (ours, theirs) = pairs.into_iter().unzip();
-        Self { theirs, side_unit: side_unit.to_owned(), ..Self::plain(key, "ratio", ours) }
+        Self {
+            theirs,
+            side_unit: side_unit.to_owned(),
+            ..Self::plain(key, "ratio", ours)
+        }
     }
 
     /// What the summary calls samples: the ratio of each pair, or our side as it is.
-    pub fn samples(&self) -> Vec<f64> {
+    pub(crate) fn samples(&self) -> Vec<f64> {
         if self.theirs.is_empty() {
             return self.ours.clone();
         }
-        self.ours.iter().zip(&self.theirs).map(|(ours, theirs)| ours / theirs).collect()
+        self.ours
+            .iter()
+            .zip(&self.theirs)
+            .map(|(ours, theirs)| ours / theirs)
+            .collect()
     }
 
     /// Median of the samples.
-    pub fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         median(&self.samples())
     }
 }
 
 /// The middle of the values, or the mean of the two in the middle; NaN of none.
-pub fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     match sorted.len() {

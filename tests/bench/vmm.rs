@@ -15,18 +15,18 @@ use rustix::fs::MemfdFlags;
 use rustix::io::FdFlags;
 
 /// Guest memory of every boot that is measured, MiB.
-pub const MEMORY_MIB: u32 = 128;
+pub(crate) const MEMORY_MIB: u32 = 128;
 const SIGN: &[u8] = b"casemate-bench: up";
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same for every VMM: what it needs beyond that is its own business.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
 
 /// A VMM under way; killed when dropped.
-pub struct Vmm(Child);
+pub(crate) struct Vmm(Child);
 
 impl Vmm {
     /// Its process.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 }
@@ -39,7 +39,7 @@ impl Drop for Vmm {
 }
 
 /// The files that all boots use.
-pub struct Files {
+pub(crate) struct Files {
     /// `casemate-vmm`.
     pub vmm: PathBuf,
     /// Uncompressed vmlinux.
@@ -51,18 +51,20 @@ pub struct Files {
 }
 
 /// Milliseconds from the exec of our VMM until the guest's init reports on the console.
-pub fn boot_ours(files: &Files) -> Result<f64> {
+pub(crate) fn boot_ours(files: &Files) -> Result<f64> {
     let (reader, writer) = std::io::pipe()?;
-    let config = VmConfig { console: Some(inheritable(&writer)?), ..config(files, &files.sign_initrd)? };
-    // After the console that the VMM itself asks for; the last word on the log's level counts.
-    let config = VmConfig { cmdline: "quiet".into(), ..config };
-    let (_vmm, begun) = start(files, &config)?;
+    let mut handed = Handed::default();
+    let mut config = config(files, &files.sign_initrd, &mut handed)?;
+    config.console = Some(handed.add(&writer)?);
+    // The VMM asks for a talkative console by itself; the last word on the log's level counts.
+    config.cmdline = "quiet".into();
     drop(writer);
+    let (_vmm, begun) = start(files, &config, handed)?;
     await_sign(reader, begun)
 }
 
 /// The same with Firecracker.
-pub fn boot_firecracker(files: &Files, firecracker: &Path) -> Result<f64> {
+pub(crate) fn boot_firecracker(files: &Files, firecracker: &Path) -> Result<f64> {
     let mut document = tempfile::NamedTempFile::new()?;
     let config = serde_json::json!({
         "boot-source": {
@@ -75,47 +77,83 @@ pub fn boot_firecracker(files: &Files, firecracker: &Path) -> Result<f64> {
     });
     document.write_all(config.to_string().as_bytes())?;
     let mut command = Command::new(firecracker);
-    command.args(["--no-api", "--level", "Error", "--config-file"]).arg(document.path());
+    command
+        .args(["--no-api", "--level", "Error", "--config-file"])
+        .arg(document.path());
     boot_on_stdout(command)
 }
 
 /// The same with QEMU's microvm machine.
-pub fn boot_qemu(files: &Files) -> Result<f64> {
+pub(crate) fn boot_qemu(files: &Files) -> Result<f64> {
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=off"]);
-    command.args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()]);
-    command.args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"]);
-    command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.sign_initrd);
+    command.args([
+        "-M",
+        "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=off",
+    ]);
+    command.args([
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-smp",
+        "1",
+        "-m",
+        &MEMORY_MIB.to_string(),
+    ]);
+    command.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-nographic",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+    ]);
+    command
+        .arg("-kernel")
+        .arg(&files.kernel)
+        .arg("-initrd")
+        .arg(&files.sign_initrd);
     command.args(["-append", CMDLINE]);
     boot_on_stdout(command)
 }
 
 /// Starts our VMM as the shim does for an empty sandbox; milliseconds until the agent answered a call.
-pub fn boot_agent(files: &Files) -> Result<(Vmm, UnixStream, f64)> {
+pub(crate) fn boot_agent(files: &Files) -> Result<(Vmm, UnixStream, f64)> {
     let (ours, theirs) = UnixStream::pair()?;
-    let vsock = VsockConfig {
-        cid: GUEST_CID,
-        ports: vec![VsockPort { port: CONTROL_PORT, fd: inheritable(&theirs)? }],
+    let mut handed = Handed::default();
+    let mut config = config(files, &files.agent_initrd, &mut handed)?;
+    let port = VsockPort {
+        port: CONTROL_PORT,
+        fd: handed.add(&theirs)?,
     };
-    let config = VmConfig { vsock: Some(vsock), balloon: true, ..config(files, &files.agent_initrd)? };
-    let (vmm, begun) = start(files, &config)?;
+    config.vsock = Some(VsockConfig {
+        cid: GUEST_CID,
+        ports: vec![port],
+    });
+    config.balloon = true;
     drop(theirs);
+    let (vmm, begun) = start(files, &config, handed)?;
     ours.set_read_timeout(Some(PATIENCE))?;
     hello(&ours).context("the agent did not answer")?;
     Ok((vmm, ours, milliseconds(begun)))
 }
 
-fn config(files: &Files, initrd: &Path) -> Result<VmConfig> {
-    let open = |path: &Path| -> Result<i32> {
-        inheritable(&File::open(path).with_context(|| format!("open {}", path.display()))?)
+fn config(files: &Files, initrd: &Path, handed: &mut Handed) -> Result<VmConfig> {
+    let mut open = |path: &Path| -> Result<i32> {
+        handed.add(&File::open(path).with_context(|| format!("open {}", path.display()))?)
     };
-    let kvm = File::options().read(true).write(true).open("/dev/kvm").context("open /dev/kvm")?;
+    let (kernel, initrd) = (open(&files.kernel)?, Some(open(initrd)?));
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("open /dev/kvm")?;
     Ok(VmConfig {
-        kvm: inheritable(&kvm)?,
+        kvm: handed.add(&kvm)?,
         memory_mib: MEMORY_MIB,
         vcpus: 1,
-        kernel: open(&files.kernel)?,
-        initrd: Some(open(initrd)?),
+        kernel,
+        initrd,
         cmdline: String::new(),
         disks: Vec::new(),
         nets: Vec::new(),
@@ -127,35 +165,49 @@ fn config(files: &Files, initrd: &Path) -> Result<VmConfig> {
     })
 }
 
-/// A copy of the descriptor that children inherit. It stays open: a handful for each boot, until the bench ends.
-fn inheritable(fd: &impl AsFd) -> Result<i32> {
-    let copy: OwnedFd = fd.as_fd().try_clone_to_owned()?;
-    rustix::io::fcntl_setfd(&copy, FdFlags::empty())?;
-    let number = copy.as_raw_fd();
-    std::mem::forget(copy);
-    Ok(number)
+/// Descriptors that the next child inherits.
+#[derive(Default)]
+struct Handed(Vec<OwnedFd>);
+
+impl Handed {
+    /// Adds a copy of the descriptor and gives its number.
+    fn add(&mut self, fd: &impl AsFd) -> Result<i32> {
+        let copy = fd.as_fd().try_clone_to_owned()?;
+        rustix::io::fcntl_setfd(&copy, FdFlags::empty())?;
+        let number = copy.as_raw_fd();
+        self.0.push(copy);
+        Ok(number)
+    }
 }
 
-/// Starts the VMM and closes our copies of what it was handed.
-fn start(files: &Files, config: &VmConfig) -> Result<(Vmm, Instant)> {
+/// Starts the VMM; our copies of what it was handed are closed then.
+fn start(files: &Files, config: &VmConfig, mut handed: Handed) -> Result<(Vmm, Instant)> {
     let mut document = File::from(rustix::fs::memfd_create("config", MemfdFlags::CLOEXEC)?);
     document.write_all(&serde_json::to_vec(config)?)?;
     document.rewind()?;
-    let number = inheritable(&document)?;
     let mut command = Command::new(&files.vmm);
-    command.args(["--config-fd", &number.to_string()]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+    command.args(["--config-fd", &handed.add(&document)?.to_string()]);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit());
     let begun = Instant::now();
-    let child = command.spawn().with_context(|| format!("start {}", files.vmm.display()))?;
-    close_inherited(config, number);
+    let child = command
+        .spawn()
+        .with_context(|| format!("start {}", files.vmm.display()))?;
     Ok((Vmm(child), begun))
 }
 
 fn boot_on_stdout(mut command: Command) -> Result<f64> {
     let (reader, writer) = std::io::pipe()?;
-    command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::inherit());
+    command
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(Stdio::inherit());
     let begun = Instant::now();
-    let child = command.spawn().with_context(|| format!("start {command:?}"))?;
+    let child = command
+        .spawn()
+        .with_context(|| format!("start {command:?}"))?;
     let _vmm = Vmm(child);
     drop(command);
     await_sign(reader, begun)
@@ -166,9 +218,17 @@ fn await_sign(mut console: impl Read, begun: Instant) -> Result<f64> {
     let mut buffer = [0; 4096];
     while !seen.windows(SIGN.len()).any(|window| window == SIGN) {
         let read = console.read(&mut buffer)?;
-        ensure!(read > 0, "the console closed after: {}", String::from_utf8_lossy(&seen));
+        ensure!(
+            read > 0,
+            "the console closed after: {}",
+            String::from_utf8_lossy(&seen)
+        );
         seen.extend_from_slice(&buffer[..read]);
-        ensure!(begun.elapsed() < PATIENCE, "no sign of life; the console: {}", String::from_utf8_lossy(&seen));
+        ensure!(
+            begun.elapsed() < PATIENCE,
+            "no sign of life; the console: {}",
+            String::from_utf8_lossy(&seen)
+        );
     }
     Ok(milliseconds(begun))
 }
@@ -201,6 +261,9 @@ fn hello(mut stream: &UnixStream) -> Result<()> {
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
     // Field 1 of a response is an error status, field 2 the payload.
-    ensure!(body.first() == Some(&0x12), "the agent answered with an error: {body:?}");
+    ensure!(
+        body.first() == Some(&0x12),
+        "the agent answered with an error: {body:?}"
+    );
     Ok(())
 }

@@ -20,8 +20,15 @@ fn main() -> ExitCode {
             }
         }
         Some((verb, [])) if verb == "hog" => hog(),
+        Some((verb, [length])) if verb == "stream" && length.parse::<u64>().is_ok() => {
+            let length = length.parse().unwrap_or(0);
+            match casemate_tests::stream::write(length, &mut std::io::stdout().lock()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            }
+        }
         _ => {
-            eprintln!("usage: guest-tool tree ROOT [SKIP…] | hog");
+            eprintln!("usage: guest-tool tree ROOT [SKIP…] | stream BYTES | hog");
             ExitCode::from(2)
         }
     }

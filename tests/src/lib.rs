@@ -13,6 +13,7 @@
 pub mod fixture;
 pub mod paths;
 pub mod registry;
+pub mod stream;
 
 mod command;
 mod host;
