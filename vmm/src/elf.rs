@@ -31,7 +31,9 @@ pub enum Error {
     #[error("kernel: {0}: an uncompressed x86_64 vmlinux is needed")]
     Format(String),
     /// It doesn't fit into the guest.
-    #[error("kernel: segment at {start:#x}..{end:#x} lies outside of guest memory {low:#x}..{high:#x}: give the guest more memory")]
+    #[error(
+        "kernel: segment at {start:#x}..{end:#x} lies outside of guest memory {low:#x}..{high:#x}: give the guest more memory"
+    )]
     Range {
         /// First address.
         start: u64,
@@ -83,11 +85,7 @@ pub fn load(memory: &GuestMemory, mut file: &File) -> Result<Loaded, Error> {
             .map_err(|source| Error::Read { what, source })?;
         memory
             .mmap()
-            .read_exact_volatile_from(
-                GuestAddress(start),
-                &mut file,
-                segment.file_size as usize,
-            )
+            .read_exact_volatile_from(GuestAddress(start), &mut file, segment.file_size as usize)
             .map_err(|source| Error::Read {
                 what,
                 source: io::Error::other(source),
@@ -177,7 +175,10 @@ mod tests {
         put(54, &(SEGMENT_HEADER as u16).to_le_bytes());
         put(56, &1u16.to_le_bytes());
         put(HEADER, &PT_LOAD.to_le_bytes());
-        put(HEADER + 8, &((HEADER + SEGMENT_HEADER) as u64).to_le_bytes());
+        put(
+            HEADER + 8,
+            &((HEADER + SEGMENT_HEADER) as u64).to_le_bytes(),
+        );
         put(HEADER + 24, &address.to_le_bytes());
         put(HEADER + 32, &(body.len() as u64).to_le_bytes());
         put(HEADER + 40, &(body.len() as u64 + bss).to_le_bytes());
@@ -233,7 +234,10 @@ mod tests {
         for address in [0, HIGH_MEMORY - 1, 32 << 20, u64::MAX - 3] {
             let error = load_bytes(&image(address, b"kernel", 0)).expect_err("outside");
 
-            assert!(matches!(error, Error::Range { .. }), "{address:#x}: {error}");
+            assert!(
+                matches!(error, Error::Range { .. }),
+                "{address:#x}: {error}"
+            );
         }
     }
 

@@ -18,7 +18,7 @@ const PANIC: &str = "Kernel panic";
 pub fn parameters(memory: &GuestMemory) -> String {
     let start = memory.map().log_start();
     format!(
-        "ramoops.mem_address={start:#x} ramoops.mem_size={LOG_SIZE:#x} ramoops.console_size={LOG_SIZE:#x} ramoops.record_size=0 ramoops.mem_type=2"
+        "ramoops.mem_address={start:#x} ramoops.mem_size={LOG_SIZE:#x} ramoops.console_size={LOG_SIZE:#x} ramoops.record_size=0 ramoops.pmsg_size=0 ramoops.ftrace_size=0 ramoops.mem_type=2"
     )
 }
 

@@ -22,7 +22,9 @@ pub const LOG_SIZE: u64 = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The host refused the mapping.
-    #[error("can't map {mib} MiB of guest memory: lower the guest's memory or free some of the host's")]
+    #[error(
+        "can't map {mib} MiB of guest memory: lower the guest's memory or free some of the host's"
+    )]
     Map {
         /// Size asked for.
         mib: u32,
@@ -167,7 +169,9 @@ mod tests {
     fn allocate_above_hole_leaves_hole_unmapped() {
         let memory = GuestMemory::allocate(4096).expect("address space");
 
-        memory.write(layout::HOLE_START - 4, b"last").expect("memory");
+        memory
+            .write(layout::HOLE_START - 4, b"last")
+            .expect("memory");
         memory.write(layout::HOLE_END, b"high").expect("memory");
         assert!(memory.write(layout::HOLE_START, b"hole").is_err());
         assert!(memory.write(layout::HOLE_START - 2, b"span").is_err());

@@ -109,7 +109,9 @@ impl Vcpu {
             .stack_size(STACK)
             .spawn(move || {
                 if let Err(reason) = prepare() {
-                    shared.ending.end(Outcome::new(exit_code::START_FAILED, reason));
+                    shared
+                        .ending
+                        .end(Outcome::new(exit_code::START_FAILED, reason));
                     return;
                 }
                 shared.ending.end(run(&thread_fd, &thread_exits, &shared));
@@ -186,8 +188,9 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
             }
             Ok(VcpuExit::InternalError) => return Some(internal_error(fd)),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                let reason =
-                    format!("KVM could not enter the guest: hardware reason {reason:#x}, CPU {cpu}");
+                let reason = format!(
+                    "KVM could not enter the guest: hardware reason {reason:#x}, CPU {cpu}"
+                );
                 return Some(Outcome::new(exit_code::KVM_FAILED, reason));
             }
             Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {

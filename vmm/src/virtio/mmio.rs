@@ -133,7 +133,8 @@ struct Registers {
     /// Features the device offers, with the transport's own.
     offered: u64,
     max_sizes: Vec<u16>,
-    kicks: Vec<EventFd>,
+    /// `None` while the device has it.
+    kicks: Vec<Option<EventFd>>,
     queues: Vec<QueueSetup>,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -150,7 +151,9 @@ struct Registers {
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// Another kind of device or number of queues.
-    #[error("saved state is of virtio device {found} with {queues} queues, this one is device {expected} with {own}")]
+    #[error(
+        "saved state is of virtio device {found} with {queues} queues, this one is device {expected} with {own}"
+    )]
     Mismatch {
         /// Saved id.
         found: u32,
@@ -171,11 +174,14 @@ impl Transport {
     pub fn new(args: Args) -> io::Result<Self> {
         let (offered, max_sizes) = {
             let device = lock(&args.device);
-            (device.features() | F_VERSION_1, device.queue_sizes().to_vec())
+            (
+                device.features() | F_VERSION_1,
+                device.queue_sizes().to_vec(),
+            )
         };
         let kicks = max_sizes
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_NONBLOCK).map(Some))
             .collect::<io::Result<Vec<_>>>()?;
         let line = Arc::new(Line::new()?);
         let registers = Registers {
@@ -236,7 +242,10 @@ impl Transport {
             registers.paused = true;
         }
         transport.line.isr.store(*isr, Ordering::SeqCst);
-        transport.line.generation.store(*generation, Ordering::SeqCst);
+        transport
+            .line
+            .generation
+            .store(*generation, Ordering::SeqCst);
         Ok(transport)
     }
 
@@ -245,13 +254,13 @@ impl Transport {
         &self.line
     }
 
-    /// Hands out each queue's kick with its number, to be wired to KVM.
+    /// Hands out each queue's kick with its number, to be wired to KVM before the guest runs.
     pub fn for_each_kick<E>(
         &self,
         mut wire: impl FnMut(u32, &EventFd) -> Result<(), E>,
     ) -> Result<(), E> {
         let registers = lock(&self.registers);
-        let mut kicks = registers.kicks.iter().zip(0..);
+        let mut kicks = registers.kicks.iter().flatten().zip(0..);
         kicks.try_for_each(|(kick, index)| wire(index, kick))
     }
 
@@ -270,11 +279,11 @@ impl Transport {
         if !std::mem::take(&mut registers.paused) || !registers.active {
             return;
         }
-        registers.activate();
         // A kick or an interrupt may have been on its way when the state was saved.
-        for kick in &registers.kicks {
+        for kick in registers.kicks.iter().flatten() {
             let _ = kick.write(1);
         }
+        registers.activate();
         if self.line.isr.load(Ordering::SeqCst) != 0 {
             let _ = self.line.irqfd.write(1);
         }
@@ -357,12 +366,6 @@ impl Registers {
             0x030 => self.queue_sel = value,
             0x038 => self.set_up_queue(|queue| queue.size = value.try_into().unwrap_or(0)),
             0x044 => self.set_up_queue(|queue| queue.ready = value == 1),
-            // Comes here only where no ioeventfd matched.
-            QUEUE_NOTIFY => {
-                if let Some(kick) = self.kicks.get(value as usize) {
-                    let _ = kick.write(1);
-                }
-            }
             0x064 => {
                 self.line.isr.fetch_and(!value, Ordering::SeqCst);
             }
@@ -373,6 +376,7 @@ impl Registers {
             0x094 => self.set_up_queue(|queue| set_half(&mut queue.avail, 1, value)),
             0x0a0 => self.set_up_queue(|queue| set_half(&mut queue.used, 0, value)),
             0x0a4 => self.set_up_queue(|queue| set_half(&mut queue.used, 1, value)),
+            // QUEUE_NOTIFY comes here only with a number that no ioeventfd matches: no such queue.
             _ => {}
         }
     }
@@ -412,8 +416,8 @@ impl Registers {
         if added & DRIVER != 0 && self.status & ACKNOWLEDGE != 0 {
             self.status |= DRIVER;
         }
-        let agreed = self.driver_features & !self.offered == 0
-            && self.driver_features & F_VERSION_1 != 0;
+        let agreed =
+            self.driver_features & !self.offered == 0 && self.driver_features & F_VERSION_1 != 0;
         if added & FEATURES_OK != 0 && self.status & DRIVER != 0 && agreed {
             self.status |= FEATURES_OK;
         }
@@ -435,7 +439,7 @@ impl Registers {
         self.queue_sel = 0;
         self.queues = self.max_sizes.iter().map(|&size| fresh(size)).collect();
         self.line.isr.store(0, Ordering::SeqCst);
-        for kick in &self.kicks {
+        for kick in self.kicks.iter().flatten() {
             let _ = kick.read(); // a kick of the old life
         }
     }
@@ -455,23 +459,28 @@ impl Registers {
             })
         });
         if result.is_err() {
-            lock(&self.args.device).stop();
+            self.take_back();
             self.active = false;
             self.status |= NEEDS_RESET;
             self.line.config_changed();
         }
     }
 
-    fn active_queues(&self) -> io::Result<Vec<ActiveQueue>> {
+    fn active_queues(&mut self) -> io::Result<Vec<ActiveQueue>> {
         let event_idx = self.driver_features & F_EVENT_IDX != 0;
-        let setups = self.queues.iter().zip(&self.max_sizes).zip(&self.kicks);
-        setups
-            .map(|((setup, &max_size), kick)| {
-                let queue = setup.build(max_size, event_idx, &self.args.memory)?;
-                let kick = kick.try_clone()?;
-                Ok(ActiveQueue { queue, kick })
-            })
-            .collect()
+        let setups = self.queues.iter().zip(&self.max_sizes);
+        let queues = setups
+            .map(|(setup, &max_size)| setup.build(max_size, event_idx, &self.args.memory))
+            .collect::<io::Result<Vec<_>>>()?;
+        // All queues are good: now the kicks move. One that a failed device lost can't come back.
+        if self.kicks.iter().any(Option::is_none) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        let kicks = self.kicks.iter_mut().filter_map(Option::take);
+        let pairs = queues.into_iter().zip(kicks);
+        Ok(pairs
+            .map(|(queue, kick)| ActiveQueue { queue, kick })
+            .collect())
     }
 
     /// Takes the queues back from an active device and remembers how far they got.
@@ -479,10 +488,16 @@ impl Registers {
         if !self.active || self.paused {
             return;
         }
+        self.take_back();
+    }
+
+    fn take_back(&mut self) {
         let stopped = lock(&self.args.device).stop();
-        for (setup, active) in self.queues.iter_mut().zip(&stopped) {
+        let slots = self.queues.iter_mut().zip(&mut self.kicks);
+        for ((setup, kick), active) in slots.zip(stopped) {
             setup.next_avail = active.queue.next_avail();
             setup.next_used = active.queue.next_used();
+            *kick = Some(active.kick);
         }
     }
 }

@@ -3,6 +3,8 @@
 //! The transport (`mmio`) owns registers, feature negotiation, status, queue
 //! addresses and the interrupt; a device sees only active queues.
 
+pub mod mmio;
+
 use std::os::fd::RawFd;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;

@@ -52,10 +52,10 @@ pub fn build(map: &MemoryMap, boot: &BootInfo<'_>) -> Bytes {
 /// The memory map: conventional memory, memory from 1 MiB up to the guest log,
 /// the log itself (reserved), memory above the hole.
 fn e820(map: &MemoryMap) -> impl Iterator<Item = boot_e820_entry> {
-    let entry = |addr: u64, end: u64, type_| boot_e820_entry {
+    let entry = |addr: u64, end: u64, kind| boot_e820_entry {
         addr,
         size: end.saturating_sub(addr),
-        type_,
+        r#type: kind,
     };
     [
         entry(0, layout::LOW_MEMORY_END, E820_RAM),
@@ -84,7 +84,7 @@ mod tests {
 
     fn map_of(mib: u32) -> Vec<(u64, u64, u32)> {
         e820(&MemoryMap::new(mib))
-            .map(|e| (e.addr, e.size, e.type_))
+            .map(|e| (e.addr, e.size, e.r#type))
             .collect()
     }
 

@@ -80,9 +80,12 @@ fn adjust(entry: &mut kvm_cpuid_entry2, apic_id: u32, count: u32, deadline_timer
     }
 }
 
-
 fn set(register: &mut u32, bit: u32, on: bool) {
-    *register = if on { *register | bit } else { *register & !bit };
+    *register = if on {
+        *register | bit
+    } else {
+        *register & !bit
+    };
 }
 
 /// Bits of the APIC id that number the cores.

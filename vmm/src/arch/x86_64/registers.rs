@@ -50,7 +50,11 @@ pub fn page_tables() -> Vec<u8> {
     put(0, 0, (PAGE_TABLES + PAGE as u64) | PRESENT_WRITABLE);
     put(1, 0, (PAGE_TABLES + 2 * PAGE as u64) | PRESENT_WRITABLE);
     for index in 0..512 {
-        put(2, index, (index as u64) << 21 | PRESENT_WRITABLE | LARGE_PAGE);
+        put(
+            2,
+            index,
+            (index as u64) << 21 | PRESENT_WRITABLE | LARGE_PAGE,
+        );
     }
     tables
 }

@@ -345,22 +345,15 @@ fn register_access_of_other_width_does_nothing() {
 }
 
 #[test]
-fn notify_signals_the_queues_kick() {
+fn notify_of_a_queue_that_is_not_there_does_nothing() {
     let driver = Driver::new();
+    driver.bring_up();
 
-    driver.write(0x050, 1);
     driver.write(0x050, 2);
     driver.write(0x050, u32::MAX);
 
-    let mut signalled = Vec::new();
-    driver
-        .transport
-        .for_each_kick::<()>(|index, kick| {
-            signalled.extend(kick.read().is_ok().then_some(index));
-            Ok(())
-        })
-        .expect("no error");
-    assert_eq!(signalled, [1]);
+    let mock = lock(&driver.mock);
+    assert!(mock.queues.iter().all(|active| active.kick.read().is_err()));
 }
 
 #[test]
@@ -420,7 +413,11 @@ fn saved_state_of_another_device_is_refused() {
 
     assert!(matches!(
         result.err(),
-        Some(RestoreError::Mismatch { found: 2, expected: 42, .. })
+        Some(RestoreError::Mismatch {
+            found: 2,
+            expected: 42,
+            ..
+        })
     ));
 }
 
@@ -443,10 +440,10 @@ fn access() -> impl Strategy<Value = Access> {
         proptest::collection::vec(any::<u8>(), 0..9),
     ];
     prop_oneof![
-        (offset.clone(), 0usize..9).prop_map(|(at, len)| Access::Read(at, len)),
+        1 => (offset.clone(), 0usize..9).prop_map(|(at, len)| Access::Read(at, len)),
         8 => (offset, value).prop_map(|(at, data)| Access::Write(at, data)),
-        Just(Access::Pause),
-        Just(Access::Resume),
+        1 => Just(Access::Pause),
+        1 => Just(Access::Resume),
     ]
 }
 
