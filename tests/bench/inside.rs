@@ -48,29 +48,28 @@ impl Installed {
 }
 
 /// Boots only: against Firecracker and QEMU, and to an agent that answers.
-pub(crate) fn boots(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
+pub(crate) fn boots(at: &Installed, samples: usize) -> Result<()> {
     let files = at.files();
-    let mut figures = Vec::new();
     if let Some(firecracker) = std::env::var_os("FIRECRACKER").filter(|path| !path.is_empty()) {
         let firecracker = PathBuf::from(firecracker);
-        figures.push(in_turn(
+        emit(&in_turn(
             "boot_vs_firecracker",
             samples,
             || vmm::boot_ours(&files),
             || vmm::boot_firecracker(&files, &firecracker),
-        )?);
+        )?)?;
     }
-    figures.push(in_turn(
+    emit(&in_turn(
         "boot_vs_qemu_microvm",
         samples,
         || vmm::boot_ours(&files),
         || vmm::boot_qemu(&files),
-    )?);
-    figures.push(Figure::plain(
+    )?)?;
+    emit(&Figure::plain(
         "guest_boot_ms",
         "ms",
         repeat(samples, || Ok(vmm::boot_agent(&files)?.2))?,
-    ));
+    ))?;
 
     let private = repeat(samples.min(3), || {
         let (vmm, _agent, _) = vmm::boot_agent(&files)?;
@@ -78,18 +77,17 @@ pub(crate) fn boots(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
         std::thread::sleep(Duration::from_millis(500));
         private_kib(vmm.pid())
     })?;
-    figures.push(Figure::plain("vmm_private_kib", "KiB", private));
-    Ok(figures)
+    emit(&Figure::plain("vmm_private_kib", "KiB", private))
 }
 
 /// One boot to an agent that answers, for whoever counts exits around it.
-pub(crate) fn one_boot(at: &Installed) -> Result<Vec<Figure>> {
+pub(crate) fn one_boot(at: &Installed) -> Result<()> {
     vmm::boot_agent(&at.files())?;
-    Ok(Vec::new())
+    Ok(())
 }
 
 /// `casemate run` against `runc run`, the phases of a start, and the memory that a guest uses.
-pub(crate) fn runs(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
+pub(crate) fn runs(at: &Installed, samples: usize) -> Result<()> {
     let casemate = || milliseconds(at.casemate(&["run", "--rm", "busybox", "/bin/true"]));
     let runc = || {
         let mut command = Command::new("runc");
@@ -105,23 +103,26 @@ pub(crate) fn runs(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
     runc()?;
     let mut run = in_turn("run_vs_runc", samples, casemate, runc)?;
     run.details = phases(at)?;
+    emit(&run)?;
     let used = repeat(samples.min(3), || guest_used_kib(at))?;
-    Ok(vec![run, Figure::plain("guest_used_kib", "KiB", used)])
+    emit(&Figure::plain("guest_used_kib", "KiB", used))
 }
 
 /// Our side of all starts, for a quick comparison with what is committed.
-pub(crate) fn starts(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
+pub(crate) fn starts(at: &Installed, samples: usize) -> Result<()> {
     let files = at.files();
     let run = || milliseconds(at.casemate(&["run", "--rm", "busybox", "/bin/true"]));
-    Ok(vec![
-        Figure::plain("boot", "ms", repeat(samples, || vmm::boot_ours(&files))?),
-        Figure::plain(
-            "guest_boot_ms",
-            "ms",
-            repeat(samples, || Ok(vmm::boot_agent(&files)?.2))?,
-        ),
-        Figure::plain("run", "ms", repeat(samples, run)?),
-    ])
+    emit(&Figure::plain(
+        "boot",
+        "ms",
+        repeat(samples, || vmm::boot_ours(&files))?,
+    ))?;
+    emit(&Figure::plain(
+        "guest_boot_ms",
+        "ms",
+        repeat(samples, || Ok(vmm::boot_agent(&files)?.2))?,
+    ))?;
+    emit(&Figure::plain("run", "ms", repeat(samples, run)?))
 }
 
 /// Milliseconds of each phase, from `casemate run --timing`.
@@ -170,7 +171,7 @@ fn guest_used_kib(at: &Installed) -> Result<f64> {
 }
 
 /// Nothing lost on the way out: a gigabyte past a slow reader, and many short lives.
-pub(crate) fn console(at: &Installed, gigabytes: usize, lives: usize) -> Result<Vec<Figure>> {
+pub(crate) fn console(at: &Installed, gigabytes: usize, lives: usize) -> Result<()> {
     let mut lost = Vec::new();
     for _ in 0..gigabytes {
         lost.push(lost_of_a_gigabyte(at)?);
@@ -196,7 +197,7 @@ pub(crate) fn console(at: &Installed, gigabytes: usize, lives: usize) -> Result<
         ("short_runs_wrong".to_owned(), wrong),
     ]
     .into();
-    Ok(vec![figure])
+    emit(&figure)
 }
 
 /// Bytes that differ from the first one that does, 0 where all arrived in order.
@@ -250,7 +251,7 @@ impl std::io::Write for HashWriter<'_> {
 }
 
 /// fio on a file of the image's disk in the guest, against the same bytes in the host's page cache.
-pub(crate) fn block(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
+pub(crate) fn block(at: &Installed, samples: usize) -> Result<()> {
     let host_file = PathBuf::from("/run/casemate-bench-fio");
     let host_file = if Path::new("/run").is_dir() {
         host_file
@@ -259,7 +260,6 @@ pub(crate) fn block(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
     };
     let file = fs::File::create(&host_file)?;
     casemate_tests::stream::write(FIO_BYTES, &mut std::io::BufWriter::new(&file))?;
-    let mut figures = Vec::new();
     for (key, args) in [
         ("blk_vs_host", ["--rw=randread", "--bs=4k"]),
         ("blk_vs_host_sequential", ["--rw=read", "--bs=1m"]),
@@ -286,10 +286,10 @@ pub(crate) fn block(at: &Installed, samples: usize) -> Result<Vec<Figure>> {
         };
         guest()?;
         let pairs = pairs(samples, guest, host)?;
-        figures.push(Figure::ratio(key, "MiB/s", pairs));
+        emit(&Figure::ratio(key, "MiB/s", pairs))?;
     }
     fs::remove_file(host_file)?;
-    Ok(figures)
+    Ok(())
 }
 
 /// Size of the file that fio reads.
@@ -321,6 +321,12 @@ fn fio(mut command: Command) -> Result<f64> {
         .as_f64()
         .context("no read.bw_bytes from fio")?;
     Ok(bytes / f64::from(1 << 20))
+}
+
+/// Prints a figure as soon as it is there: what fails later does not take it along.
+fn emit(figure: &Figure) -> Result<()> {
+    println!("{}", serde_json::to_string(figure)?);
+    Ok(())
 }
 
 fn in_turn(
