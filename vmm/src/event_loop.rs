@@ -12,6 +12,7 @@ use crate::poller::{Event, Source};
 use crate::vcpu::ExitClass;
 use crate::vm::{Error, Vm, io_error};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -83,6 +84,12 @@ impl EventLoop {
         match event.source {
             Source::Device(index) => {
                 self.vm.devices.handle(index, event.token, event.readiness);
+                if let (Some(at_ns), Some(control)) =
+                    (self.vm.devices.take_connected_at(), &self.control)
+                {
+                    let phase = Phase::AgentConnected;
+                    control.send(&Message::Phase { phase, at_ns });
+                }
                 None
             }
             Source::Ended => self.vm.shared.ending.outcome().cloned(),
@@ -122,13 +129,19 @@ impl EventLoop {
     }
 
     fn execute(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Answer, String> {
-        let _ = descriptors;
         match request.command {
             Command::Pause => self.pause()?,
             Command::Resume => self.resume(),
             Command::Statistics => return Ok(Answer::Statistics(self.statistics())),
-            Command::SwapDisk { disk } => return Err(format!("no disk {disk}")),
-            Command::VsockListen { .. } => return Err("no vsock device".into()),
+            Command::SwapDisk { disk } => {
+                let files = descriptors.into_iter().map(File::from).collect();
+                self.vm.devices.swap_disk(&disk, files)?;
+            }
+            Command::VsockListen { port } => {
+                let [socket] = <[OwnedFd; 1]>::try_from(descriptors)
+                    .map_err(|d| format!("vsock-listen takes one descriptor, got {}", d.len()))?;
+                self.vm.devices.listen(port, socket)?;
+            }
             Command::Balloon { .. } => return Err("no balloon device".into()),
             Command::Stop => {} // the caller ends the loop
         }
@@ -172,6 +185,7 @@ impl EventLoop {
             counters.insert(format!("vcpu.exits.{name}"), sum);
         }
         counters.insert("vcpu.exits".into(), counters.values().sum());
+        self.vm.devices.counters(&mut counters);
         counters
     }
 

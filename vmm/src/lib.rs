@@ -20,6 +20,7 @@ pub mod phases;
 pub mod poller;
 pub mod power;
 pub mod probe;
+pub mod rate_limit;
 mod run;
 pub mod serial;
 mod sync;

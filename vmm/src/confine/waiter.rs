@@ -2,15 +2,14 @@
 //!
 //! A process can't move itself into a new PID namespace, only its children. So the
 //! original process stays, confined like the VMM but for the namespace, without a
-//! descriptor and with three system calls: it waits, then ends as the VMM did. That
-//! keeps the contract of a plain child: one pid to wait for and to kill.
+//! descriptor and with four system calls: it waits, hands SIGTERM and SIGINT on, and ends as
+//! the VMM did. That keeps the contract of a plain child: one pid to wait for and to kill.
 
-#![allow(unsafe_code)] // fork(2)
+#![allow(unsafe_code)] // fork(2) and waiting for signals
 
 use super::{ConfineError, fds, seccomp};
 use crate::exit_code;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::process::{
     PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, kill_process, pidfd_open,
     set_parent_process_death_signal, waitid,
@@ -42,29 +41,33 @@ pub(super) fn fork() -> Result<(), ConfineError> {
             }
             Ok(())
         }
-        _ => wait(),
+        child => wait(child),
     }
 }
 
-/// Waits for the only child and ends as it ended.
-fn wait() -> ! {
-    // These have handlers or are ignored in Rust programs; the default is to die of them.
-    for signal in [libc::SIGPIPE, libc::SIGSEGV, libc::SIGBUS] {
-        // SAFETY: SIG_DFL is no handler of ours.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
+/// Waits for the child and ends as it ended.
+fn wait(child: libc::pid_t) -> ! {
     let pid = getpid();
-    let confined = fds::close_range(0, u32::MAX)
-        .and_then(|()| seccomp::install_waiter(pid.as_raw_pid() as u32));
+    let signals = take_signals();
+    let confined =
+        fds::close_range(0, u32::MAX).and_then(|()| seccomp::install_waiter(child as u32));
     if confined.is_err() {
         // Takes the child along; there is nowhere left to say why.
         exit(exit_code::START_FAILED.into());
     }
     let status = loop {
-        match waitid(WaitId::All, WaitIdOptions::EXITED) {
+        // Before each wait for a signal: SIGCHLD may have come before it was blocked.
+        match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
             Ok(Some(status)) => break status,
-            Ok(None) | Err(Errno::INTR) => {}
+            Ok(None) => {}
             Err(_) => exit(exit_code::VMM_FAILED.into()),
+        }
+        let mut signal = 0;
+        // SAFETY: both pointers are to locals.
+        let taken = unsafe { libc::sigwait(&raw const signals, &raw mut signal) } == 0;
+        if taken && signal != libc::SIGCHLD {
+            // SAFETY: no memory is involved; the child isn't reaped yet, so the id is its own.
+            unsafe { libc::kill(child, signal) };
         }
     };
     if let Some(signal) = status.terminating_signal() {
@@ -74,6 +77,22 @@ fn wait() -> ! {
         exit(128 + signal);
     }
     exit(status.exit_status().unwrap_or(exit_code::VMM_FAILED.into()))
+}
+
+/// Blocks the signals that are waited for; the deadly ones lose Rust's handlers.
+fn take_signals() -> libc::sigset_t {
+    // SAFETY: all zeros is a valid, empty set; the calls read and write locals, and SIG_DFL is no handler of ours.
+    unsafe {
+        for signal in [libc::SIGPIPE, libc::SIGSEGV, libc::SIGBUS] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut signals: libc::sigset_t = std::mem::zeroed();
+        for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT] {
+            libc::sigaddset(&raw mut signals, signal);
+        }
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
+        signals
+    }
 }
 
 /// Ends at once: what the C library does at exit is the child's to do.

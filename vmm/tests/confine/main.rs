@@ -48,6 +48,10 @@ fn main() {
         add("the_exit_code_is_passed_on", exit_code_is_passed_on);
         add("the_deadly_signal_is_passed_on", signal_is_passed_on);
         add(
+            "a_request_to_end_reaches_the_vmm",
+            request_to_end_is_handed_on,
+        );
+        add(
             "the_end_of_the_started_process_ends_the_vmm",
             killed_with_the_started_process,
         );
@@ -90,7 +94,7 @@ fn shows_nothing(starter: Starter) -> Result<(), Failed> {
     assert_eq!(vmm.status("Groups"), "");
     assert_eq!(
         vmm.owner(),
-        0,
+        starter.root(),
         "the process is dumpable: its files in /proc belong to its user"
     );
     if starter.has_namespaces() {
@@ -191,6 +195,7 @@ fn forbidden_argument_kills(starter: Starter) -> Result<(), Failed> {
         "ioctl EventLoop",
         "map-executable BlockWorker",
         "protect-executable EventLoop",
+        "signal-another EventLoop",
     ];
     for case in cases {
         let end = Subject::start(starter, &format!("do {case}")).end();
@@ -230,7 +235,7 @@ fn exit_code_is_passed_on(starter: Starter) -> Result<(), Failed> {
 }
 
 fn signal_is_passed_on(starter: Starter) -> Result<(), Failed> {
-    for signal in [libc::SIGKILL, libc::SIGTERM] {
+    for signal in [libc::SIGKILL, libc::SIGUSR1] {
         if starter.has_namespaces() && signal != libc::SIGKILL {
             continue; // PID 1 takes no other deadly signal
         }
@@ -243,7 +248,7 @@ fn signal_is_passed_on(starter: Starter) -> Result<(), Failed> {
 }
 
 fn killed_with_the_started_process(starter: Starter) -> Result<(), Failed> {
-    for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGINT] {
+    for signal in [libc::SIGKILL, libc::SIGQUIT] {
         let subject = Subject::start(starter, "idle");
         subject.ready()?;
         let vmm = subject.vmm();
@@ -252,6 +257,18 @@ fn killed_with_the_started_process(starter: Starter) -> Result<(), Failed> {
         assert_eq!(subject.wait().signal(), Some(signal));
 
         vmm.wait_until_gone()?;
+    }
+    Ok(())
+}
+
+fn request_to_end_is_handed_on(starter: Starter) -> Result<(), Failed> {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let subject = Subject::start(starter, "idle");
+        subject.ready()?;
+
+        subject.started().kill(signal);
+
+        assert_eq!(subject.wait().code(), Some(8), "the handler's exit code");
     }
     Ok(())
 }

@@ -19,6 +19,8 @@ const USER: u32 = 65534;
 pub(crate) enum Starter {
     Root,
     User,
+    /// Root in a rootless container: only that one id exists there.
+    RootOfUserNamespace,
     /// unshare(2) fails with EPERM, as in an unprivileged container.
     RootWithoutUnshare,
     UserWithoutUnshare,
@@ -29,9 +31,10 @@ pub(crate) enum Starter {
 }
 
 impl Starter {
-    pub(crate) const ALL: [Starter; 5] = [
+    pub(crate) const ALL: [Starter; 6] = [
         Self::Root,
         Self::User,
+        Self::RootOfUserNamespace,
         Self::RootWithoutUnshare,
         Self::UserWithoutUnshare,
         Self::RootWithoutUserNamespaces,
@@ -41,6 +44,7 @@ impl Starter {
         match self {
             Self::Root => "root",
             Self::User => "user",
+            Self::RootOfUserNamespace => "root_of_user_namespace",
             Self::RootWithoutUnshare => "root_without_unshare",
             Self::UserWithoutUnshare => "user_without_unshare",
             Self::RootWithoutUserNamespaces => "root_without_user_namespaces",
@@ -69,7 +73,7 @@ impl Starter {
     pub(crate) fn has_namespaces(self) -> bool {
         matches!(
             self,
-            Self::Root | Self::User | Self::RootWithoutUserNamespaces
+            Self::Root | Self::User | Self::RootOfUserNamespace | Self::RootWithoutUserNamespaces
         )
     }
 
@@ -89,7 +93,7 @@ impl Starter {
 
     pub(crate) fn isolation(self) -> &'static str {
         match self {
-            Self::Root | Self::User => "Namespaces",
+            Self::Root | Self::User | Self::RootOfUserNamespace => "Namespaces",
             Self::RootWithoutUserNamespaces => "NamespacesWithoutUser",
             _ => "Landlock",
         }
@@ -106,6 +110,14 @@ impl Starter {
             UNPRIVILEGED_ID
         } else {
             USER
+        }
+    }
+
+    /// To whom a process that can't be dumped belongs in /proc: the root of where it was started.
+    pub(crate) fn root(self) -> u32 {
+        match self {
+            Self::RootOfUserNamespace => USER,
+            _ => 0,
         }
     }
 
@@ -185,10 +197,9 @@ impl Subject {
     }
 
     pub(crate) fn wait(&self) -> ExitStatus {
-        self.child
-            .borrow_mut()
-            .wait()
-            .expect("a child can be waited for")
+        let mut child = self.child.borrow_mut();
+        let _open = child.stdin.take(); // which `Child::wait` would close, and so end the process
+        child.wait().expect("a child can be waited for")
     }
 
     /// What it says on standard error when it refuses to start.
@@ -226,6 +237,7 @@ fn before_exec(starter: Starter) -> io::Result<()> {
     }
     match starter {
         Starter::Root | Starter::User => Ok(()),
+        Starter::RootOfUserNamespace => become_root_of_user_namespace(),
         Starter::RootWithoutUnshare | Starter::UserWithoutUnshare => {
             deny(&[(libc::SYS_unshare, 0, libc::EPERM)])
         }
@@ -237,6 +249,20 @@ fn before_exec(starter: Starter) -> io::Result<()> {
             (libc::SYS_landlock_create_ruleset, 0, libc::EOPNOTSUPP),
         ]),
     }
+}
+
+fn become_root_of_user_namespace() -> io::Result<()> {
+    // SAFETY: no memory is involved; the process has one thread.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_DUMPABLE, 1); // or the files below belong to the host's root
+        libc::unshare(libc::CLONE_NEWUSER)
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/uid_map", format!("0 {USER} 1"))?;
+    std::fs::write("/proc/self/gid_map", format!("0 {USER} 1"))
 }
 
 /// Lets calls fail whose first argument has all of the given bits.

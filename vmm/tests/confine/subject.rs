@@ -39,6 +39,10 @@ fn enter(keep_fds: &[i32], max_open_files: u32) -> confine::Isolation {
 
 /// Confined with a thread of each kind, until standard input ends.
 fn idle() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: the handler only ends the process.
+        unsafe { libc::signal(signal, end_on_request as *const () as libc::sighandler_t) };
+    }
     let kept = File::open("/proc/self/exe").unwrap();
     std::mem::forget(File::open("/proc/self/exe").unwrap());
     let isolation = enter(&[0, kept.as_raw_fd(), 1], 64);
@@ -53,6 +57,11 @@ fn idle() {
         kept.as_raw_fd()
     );
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+}
+
+extern "C" fn end_on_request(_: libc::c_int) {
+    // SAFETY: no memory is involved.
+    unsafe { libc::_exit(8) }
 }
 
 /// Starts a thread that has installed its filter once this returns, and then waits forever.
@@ -99,6 +108,11 @@ fn commit(crime: &str) {
         "socket" => call(libc::SYS_socket, [1, 1, 0]),
         "openat" => call(libc::SYS_openat, [-100, c"/".as_ptr() as libc::c_long, 0]),
         "kill" => call(libc::SYS_kill, [1, 0, 0]),
+        // The process that started this one: out of reach in a PID namespace, in reach without.
+        "signal-another" => {
+            let parent = std::os::unix::process::parent_id() as libc::c_long;
+            call(libc::SYS_tgkill, [parent, parent, libc::SIGABRT.into()]);
+        }
         "ioctl" => call(
             libc::SYS_ioctl,
             [

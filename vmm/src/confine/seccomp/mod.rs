@@ -75,26 +75,28 @@ pub fn install(kind: ThreadKind) -> Result<(), ConfineError> {
         )
         .map_err(|e| ConfineError::step("setrlimit(RLIMIT_NPROC, 0)", e))?;
     }
-    load(kind.program())
+    load(kind.program(), 0)
 }
 
-/// Filters the process that waits for the VMM outside its PID namespace; `pid` is its own.
-pub(super) fn install_waiter(pid: u32) -> Result<(), ConfineError> {
+/// Filters the process that waits for the VMM outside its PID namespace.
+pub(super) fn install_waiter(child: u32) -> Result<(), ConfineError> {
     static WAITER: Program = compile(&[tables::WAITER]);
-    let mut program = WAITER;
+    load(&WAITER, child)
+}
+
+fn load(program: &Program, child: u32) -> Result<(), ConfineError> {
+    let mut program = *program;
     for instruction in program.code_mut() {
-        if instruction.k == tables::OWN_PID {
-            instruction.k = pid;
+        match instruction.k {
+            tables::OWN_PID => instruction.k = std::process::id(),
+            tables::CHILD_PID => instruction.k = child,
+            _ => {}
         }
     }
-    load(&program)
-}
-
-fn load(program: &Program) -> Result<(), ConfineError> {
-    let code = program.code();
+    let code = program.code_mut();
     let fprog = libc::sock_fprog {
         len: code.len() as u16, // at most MAX_CODE
-        filter: code.as_ptr().cast_mut(),
+        filter: code.as_mut_ptr(),
     };
     // SAFETY: `fprog` points at `len` instructions that live through the call; the kernel copies them.
     let done = unsafe {

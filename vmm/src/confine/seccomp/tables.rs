@@ -39,8 +39,10 @@ const NOT_EXECUTABLE: Arg = bits(2, libc::PROT_EXEC as u32, &[0]);
 /// Without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME.
 const FUTEX_OPERATION: u32 = !(128 | 256);
 
-/// Stands for the process's own id in [`WAITER`]; no process can have it.
+/// Stands for the process's own id until the filter is installed; no process can have it.
 pub(super) const OWN_PID: u32 = 0xffff_fff0;
+/// Stands for the VMM's id in [`WAITER`].
+pub(super) const CHILD_PID: u32 = 0xffff_fff1;
 
 /// What the allocator, the standard library's locks and a thread's end need.
 pub(super) const COMMON: &[Rule] = &[
@@ -107,8 +109,8 @@ pub(super) const COMMON: &[Rule] = &[
     rule!(SYS_gettid, "abort addresses its own thread"),
     rule!(
         SYS_tgkill,
-        [is(2, &[34, libc::SIGABRT as u32])],
-        "SIGRTMIN takes a vCPU out of the guest; a panic aborts. Only this process can be hit: no other is in its PID namespace"
+        [is(0, &[OWN_PID]), is(2, &[SIGRTMIN, libc::SIGABRT as u32])],
+        "SIGRTMIN takes a vCPU out of the guest; a panic aborts"
     ),
     rule!(
         SYS_sigaltstack,
@@ -143,10 +145,11 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
                 libc::F_GETFL as u32,
                 libc::F_SETFL as u32,
                 libc::F_GETFD as u32,
-                libc::F_SETFD as u32
+                libc::F_SETFD as u32,
+                libc::F_DUPFD_CLOEXEC as u32
             ]
         )],
-        "descriptors that arrive over the control socket become non-blocking"
+        "descriptors that arrive over the control socket become non-blocking; a resumed device gets its own of each kick"
     ),
     rule!(SYS_lseek, "size of a swapped-in disk"),
     rule!(
@@ -159,8 +162,20 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
 
 /// A vCPU thread; it also runs what a device does in the guest's register writes.
 pub(super) const VCPU: &[Rule] = &[
-    rule!(SYS_ioctl, [is(1, &[KVM_RUN])], "enters the guest"),
-    rule!(SYS_epoll_ctl, "a device's activation watches its queues"),
+    rule!(
+        SYS_ioctl,
+        [is(1, &[KVM_RUN, KVM_GET_REGS])],
+        "enters the guest; tells where it was when KVM gave up"
+    ),
+    rule!(
+        SYS_epoll_ctl,
+        "a device's activation watches its queues, its reset unwatches them"
+    ),
+    rule!(
+        SYS_fcntl,
+        [is(1, &[libc::F_DUPFD_CLOEXEC as u32])],
+        "an activated device gets its own descriptor of each queue's kick"
+    ),
 ];
 
 /// A disk's worker thread.
@@ -170,8 +185,6 @@ pub(super) const BLOCK_WORKER: &[Rule] = &[
     rule!(SYS_timerfd_settime, "rate limits"),
     rule!(SYS_preadv2, "guest reads"),
     rule!(SYS_pwritev2, "guest writes"),
-    rule!(SYS_preadv, "guest reads (glibc's preadv2 without flags)"),
-    rule!(SYS_pwritev, "guest writes (glibc's pwritev2 without flags)"),
     rule!(SYS_fdatasync, "guest flushes"),
     rule!(
         SYS_fallocate,
@@ -186,12 +199,25 @@ pub(super) const BLOCK_WORKER: &[Rule] = &[
     ),
 ];
 
-/// The process that stays outside the PID namespace: it waits and passes the end on.
+/// The process that stays outside the PID namespace: it waits and passes signals and the end on.
 pub(super) const WAITER: &[Rule] = &[
-    rule!(SYS_waitid, "waits for the VMM"),
-    rule!(SYS_kill, [is(0, &[OWN_PID])], "dies of the VMM's signal"),
+    rule!(
+        SYS_rt_sigtimedwait,
+        "waits for the VMM's end and for SIGTERM and SIGINT"
+    ),
+    rule!(SYS_waitid, "takes the VMM's exit status"),
+    rule!(
+        SYS_kill,
+        [is(0, &[OWN_PID, CHILD_PID])],
+        "hands signals to the VMM, dies of the VMM's signal"
+    ),
     rule!(SYS_exit_group, "ends with the VMM's exit code"),
 ];
 
+/// The first real-time signal that the C library leaves to programs.
+const SIGRTMIN: u32 = 34;
+
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
+/// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
+const KVM_GET_REGS: u32 = 0x8090_ae81;
