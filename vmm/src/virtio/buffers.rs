@@ -258,20 +258,23 @@ impl Buffers {
         Ok(total)
     }
 
-    /// Gives the host pages behind the buffers back; their content is lost.
+    /// Gives the host pages behind the buffers back, with `advice`; their content is lost.
     ///
     /// What isn't made of whole, aligned pages is left alone: returns the bytes given back.
-    pub fn give_back(&mut self) -> io::Result<usize> {
+    pub fn give_back(&mut self, advice: Advice) -> io::Result<usize> {
         const PAGE: usize = 4096;
+        let advice = match advice {
+            Advice::Private => libc::MADV_DONTNEED,
+            Advice::Shared => libc::MADV_REMOVE,
+        };
         let mut total = 0;
         for vector in &self.vectors[self.first..] {
-            if !(vector.iov_base as usize).is_multiple_of(PAGE)
-                || !vector.iov_len.is_multiple_of(PAGE)
-            {
+            let aligned = (vector.iov_base as usize).is_multiple_of(PAGE);
+            if !aligned || !vector.iov_len.is_multiple_of(PAGE) {
                 continue;
             }
             // SAFETY: whole pages of guest memory, which no Rust reference points into.
-            if unsafe { libc::madvise(vector.iov_base, vector.iov_len, libc::MADV_DONTNEED) } != 0 {
+            if unsafe { libc::madvise(vector.iov_base, vector.iov_len, advice) } != 0 {
                 return Err(io::Error::last_os_error());
             }
             total += vector.iov_len;
@@ -332,6 +335,28 @@ impl Buffers {
             if vector.iov_len == 0 {
                 self.first += 1;
             }
+        }
+    }
+}
+
+/// How the kernel gives pages of guest memory up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// Private mappings: the pages are dropped.
+    Private,
+    /// Shared mappings, which others see too: a hole is punched into their file.
+    Shared,
+}
+
+impl Advice {
+    /// The right one for `memory`.
+    pub fn of(memory: &GuestMemoryMmap) -> Self {
+        use vm_memory::GuestMemoryBackend;
+        let shared = |region: &vm_memory::GuestRegionMmap| region.flags() & libc::MAP_SHARED != 0;
+        if memory.iter().any(shared) {
+            Advice::Shared
+        } else {
+            Advice::Private
         }
     }
 }

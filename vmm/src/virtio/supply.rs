@@ -71,6 +71,28 @@ impl Supply {
         self.room
     }
 
+    /// Room in the oldest taken chain.
+    pub fn first_room(&self) -> usize {
+        self.taken
+            .front()
+            .map_or(0, |chain| chain.writable.len() - self.reserve)
+    }
+
+    /// How many of the taken chains `len` bytes fill.
+    pub fn chains_for(&self, mut len: usize) -> usize {
+        let full = |chain: &&Chain| {
+            let before = len;
+            len = len.saturating_sub(chain.writable.len() - self.reserve);
+            before > 0
+        };
+        self.taken.iter().take_while(full).count()
+    }
+
+    /// The driver can't supply more than is taken.
+    pub fn all_taken(&self) -> bool {
+        self.taken.len() == usize::from(self.ring.size())
+    }
+
     /// Reads up to `count` bytes into the taken chains, leaving their reserves free.
     pub fn fill(
         &mut self,

@@ -432,7 +432,7 @@ impl Vsock {
         while self.owes_transport_reset {
             if !active.event.pop(&mut active.chain) {
                 if active.event.rearm() {
-                    continue;
+                    active.event.kick_self();
                 }
                 break;
             }
