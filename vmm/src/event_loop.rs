@@ -9,9 +9,10 @@ use crate::exit_code;
 use crate::guest_log;
 use crate::phases::Phases;
 use crate::poller::{Event, Source};
-use crate::vcpu::ExitClass;
+use crate::vcpu::{ExitClass, Vcpu};
 use crate::vm::{Error, Vm, io_error};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -43,10 +44,15 @@ impl EventLoop {
 
     /// Runs the guest until it ends.
     pub fn run(mut self, config: &VmConfig, phases: &mut Phases) -> Outcome {
+        // Behind its filter each vCPU waits at the gate; this thread's comes last.
+        self.vm.shared.gate.wait_for(self.vm.vcpus.len());
+        if let Some(outcome) = self.vm.shared.ending.outcome().cloned() {
+            return self.finish(outcome);
+        }
         if config.confinement != Confinement::Off
             && let Err(error) = seccomp::install(ThreadKind::EventLoop)
         {
-            return Outcome::new(exit_code::START_FAILED, error.to_string());
+            return self.finish(Outcome::new(exit_code::START_FAILED, error.to_string()));
         }
         phases.reached(Phase::FirstRun);
         self.vm.shared.gate.open();
@@ -78,6 +84,12 @@ impl EventLoop {
         match event.source {
             Source::Device(index) => {
                 self.vm.devices.handle(index, event.token, event.readiness);
+                if let (Some(at_ns), Some(control)) =
+                    (self.vm.devices.take_connected_at(), &self.control)
+                {
+                    let phase = Phase::AgentConnected;
+                    control.send(&Message::Phase { phase, at_ns });
+                }
                 None
             }
             Source::Ended => self.vm.shared.ending.outcome().cloned(),
@@ -117,14 +129,20 @@ impl EventLoop {
     }
 
     fn execute(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Answer, String> {
-        let _ = descriptors;
         match request.command {
             Command::Pause => self.pause()?,
             Command::Resume => self.resume(),
             Command::Statistics => return Ok(Answer::Statistics(self.statistics())),
-            Command::SwapDisk { disk } => return Err(format!("no disk {disk}")),
-            Command::VsockListen { .. } => return Err("no vsock device".into()),
-            Command::Balloon { .. } => return Err("no balloon device".into()),
+            Command::SwapDisk { disk } => {
+                let files = descriptors.into_iter().map(File::from).collect();
+                self.vm.devices.swap_disk(&disk, files)?;
+            }
+            Command::VsockListen { port } => {
+                let [socket] = <[OwnedFd; 1]>::try_from(descriptors)
+                    .map_err(|d| format!("vsock-listen takes one descriptor, got {}", d.len()))?;
+                self.vm.devices.listen(port, socket)?;
+            }
+            Command::Balloon { mib } => self.vm.devices.set_balloon(mib)?,
             Command::Stop => {} // the caller ends the loop
         }
         Ok(Answer::Done)
@@ -132,20 +150,21 @@ impl EventLoop {
 
     /// Stops vCPUs, then devices. Idempotent.
     fn pause(&mut self) -> Result<(), String> {
-        if !self.running {
-            return Ok(());
+        if self.running {
+            self.stop_vcpus()?;
+            self.vm.devices.pause();
         }
-        let vcpus = &self.vm.vcpus;
-        let closed = self
-            .vm
-            .shared
-            .gate
-            .close(|| vcpus.iter().for_each(|vcpu| vcpu.kick()));
-        if let Err(stuck) = closed {
-            self.vm.shared.gate.open();
-            return Err(stuck.to_string());
-        }
-        self.vm.devices.pause();
+        Ok(())
+    }
+
+    /// When it can't stop all of them, it lets them run on.
+    fn stop_vcpus(&mut self) -> Result<(), String> {
+        let Vm { vcpus, shared, .. } = &self.vm;
+        let kick = || vcpus.iter().for_each(Vcpu::kick);
+        shared.gate.close(kick).map_err(|stuck| {
+            shared.gate.open();
+            stuck.to_string()
+        })?;
         self.running = false;
         Ok(())
     }
@@ -167,19 +186,28 @@ impl EventLoop {
             counters.insert(format!("vcpu.exits.{name}"), sum);
         }
         counters.insert("vcpu.exits".into(), counters.values().sum());
+        self.vm.devices.counters(&mut counters);
         counters
     }
 
     /// Stops devices so that nothing is lost, and tells the shim how it ended.
     fn finish(mut self, mut outcome: Outcome) -> Outcome {
-        if let Err(stuck) = self.pause() {
-            eprintln!("casemate-vmm: {stuck}"); // and so disks are as a power cut leaves them
+        // With a vCPU that doesn't stop, disks stay as a power cut leaves them.
+        let losses = match self.stop_vcpus() {
+            Ok(()) => self.vm.devices.finish(),
+            Err(stuck) => vec![stuck],
+        };
+        for loss in &losses {
+            eprintln!("casemate-vmm: {loss}");
         }
         let orderly = matches!(outcome.code, exit_code::SHUTDOWN | exit_code::STOPPED);
         let guest_log = match orderly {
             true => String::new(),
             false => guest_log::tail(&self.vm.memory),
         };
+        if outcome.code == exit_code::KVM_FAILED {
+            outcome.reason += "; `casemate check` tells whether this host runs normal guests";
+        }
         if outcome.code == exit_code::RESET && guest_log::has_panic(&guest_log) {
             outcome = Outcome::new(exit_code::PANIC, "the guest's kernel panicked");
         }

@@ -1,0 +1,9 @@
+//! Talking to registries. Nothing here runs for an image that the store has.
+
+mod auth;
+mod client;
+mod config;
+mod manifest;
+mod pull;
+
+pub use config::{RegistryConfig, RegistryHost};
