@@ -55,10 +55,12 @@ fn run(step: &str) {
                 fs::read_to_string(source).unwrap_or_default().trim()
             );
         }
-        "count" => (0..).for_each(|count| {
-            println!("count {count}");
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }),
+        "count" => {
+            for count in 0..1_000_000 {
+                println!("count {count}");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
         "interrupts" => println!(
             "{}",
             fs::read_to_string("/proc/interrupts").unwrap_or_default()
