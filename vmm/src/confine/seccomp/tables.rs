@@ -126,15 +126,27 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
     rule!(SYS_epoll_wait, "the event loop"),
     rule!(SYS_epoll_ctl, "devices watch and unwatch their descriptors"),
     rule!(SYS_timerfd_settime, "rate limits"),
+    rule!(SYS_readv, "virtio-net receives"),
+    rule!(SYS_writev, "virtio-net sends"),
     rule!(
-        SYS_readv,
-        "virtio-net receives, vsock reads from Unix sockets"
+        SYS_recvfrom,
+        "vsock empties a Unix socket before it closes it"
     ),
-    rule!(SYS_writev, "virtio-net sends, vsock writes to Unix sockets"),
-    rule!(SYS_recvfrom, "vsock reads from Unix sockets"),
-    rule!(SYS_sendto, "vsock writes to Unix sockets without SIGPIPE"),
-    rule!(SYS_recvmsg, "control messages with descriptors"),
-    rule!(SYS_sendmsg, "control replies"),
+    rule!(
+        SYS_recvmsg,
+        "control messages with descriptors; vsock reads from Unix sockets"
+    ),
+    rule!(SYS_sendto, "control replies"),
+    rule!(SYS_sendmsg, "vsock writes to Unix sockets without SIGPIPE"),
+    rule!(
+        SYS_poll,
+        "what vsock holds for a slow reader is passed on before the process ends"
+    ),
+    rule!(
+        SYS_ioctl,
+        [is(1, &[TUNSETOFFLOAD])],
+        "the tap learns which offloads the guest agreed to"
+    ),
     rule!(SYS_shutdown, "half-close of a vsock connection"),
     rule!(SYS_getrandom, "virtio-rng; seeds of hash maps"),
     rule!(
@@ -221,3 +233,5 @@ const SIGRTMIN: u32 = 34;
 const KVM_RUN: u32 = 0xae80;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
 const KVM_GET_REGS: u32 = 0x8090_ae81;
+/// `_IOW('T', 208, unsigned int)`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;

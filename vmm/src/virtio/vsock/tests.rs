@@ -853,6 +853,7 @@ fn driver_reset_old_connections_are_forgotten() {
     guest.vsock.stop();
     guest.driver = Driver::new(&guest.vsock);
     guest.driver.activate(&mut guest.vsock);
+    guest.driver.settle(&mut guest.vsock);
     let mut seen = Vec::new();
     assert!(read_available(&mut host, &mut seen));
     assert_eq!(guest.counter("open_connections"), 0);
