@@ -55,10 +55,12 @@ fn run(step: &str) {
                 fs::read_to_string(source).unwrap_or_default().trim()
             );
         }
-        "count" => (0..).for_each(|count| {
-            println!("count {count}");
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }),
+        "count" => {
+            for count in 0..1_000_000 {
+                println!("count {count}");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
         "interrupts" => println!(
             "{}",
             fs::read_to_string("/proc/interrupts").unwrap_or_default()
@@ -95,6 +97,8 @@ fn mount(kind: &str, at: &str) {
 }
 
 fn power(byte: u8) -> ! {
+    // SAFETY: waits until the console has sent everything; without a console it fails at once.
+    unsafe { libc::tcdrain(1) };
     // SAFETY: a port write touches no memory; `ioperm` has allowed it.
     unsafe { asm!("out dx, al", in("dx") POWER_PORT, in("al") byte, options(nomem, nostack)) };
     loop {
