@@ -1,10 +1,15 @@
 //! The store from a command line, for trying it out and for measurements:
-//! `store DATA pull NAME | list | rootfs NAME | remove NAME | prune`.
+//! `store DATA pull NAME | load PATH | save FORMAT PATH NAME… | list | rootfs NAME | remove NAME | prune`.
 
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use casemate_image::{Event, Progress, PullOptions, PullPolicy, Store, parse_reference};
+use casemate_image::{
+    Event, LoadOptions, LoadSource, Progress, PullOptions, PullPolicy, SaveTarget, Store,
+    parse_reference,
+};
 
 struct Lines;
 
@@ -34,6 +39,25 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let image = runtime.block_on(store.pull(&parse_reference(name)?, &options))?;
             println!("{}", image.id);
         }
+        ["load", path] => {
+            let options = LoadOptions {
+                progress: Arc::new(Lines),
+                ..LoadOptions::default()
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            for image in
+                runtime.block_on(store.load(LoadSource::Path(Path::new(path)), &options))?
+            {
+                println!("{} {:?}", image.id, image.names);
+            }
+        }
+        ["save", format, path, ref names @ ..] => match format {
+            "oci-layout" => store.save(names, SaveTarget::OciLayout(Path::new(path)))?,
+            "oci-archive" => store.save(names, SaveTarget::OciArchive(&mut File::create(path)?))?,
+            _ => store.save(names, SaveTarget::DockerArchive(&mut File::create(path)?))?,
+        },
         ["list"] => {
             for image in store.list()? {
                 println!("{} {:?} {}", image.id.short(), image.names, image.size);

@@ -5,11 +5,14 @@
 //! shared between images on disk and between sandboxes in the page cache.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod blob;
 mod convert;
 mod digest;
 mod erofs;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod layer;
 mod limits;
 mod merge;
@@ -19,6 +22,8 @@ mod recipe;
 mod registry;
 mod store;
 mod tar;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 pub use digest::Digest;

@@ -152,6 +152,20 @@ impl<'a> ArchiveReader<'a> {
     }
 }
 
+/// Bytes of the archive that a recipe makes.
+pub(crate) fn archive_length(recipe: &File) -> io::Result<u64> {
+    // The blob isn't touched; the recipe stands in for it.
+    let mut reader = ArchiveReader::new(recipe, recipe)?;
+    let mut total = 0u64;
+    while !reader.ended {
+        reader.next_part()?;
+        let part =
+            std::mem::take(&mut reader.literal).len() as u64 + std::mem::take(&mut reader.data).1;
+        total = total.checked_add(part).ok_or(io::ErrorKind::InvalidData)?;
+    }
+    Ok(total)
+}
+
 impl Read for ArchiveReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {

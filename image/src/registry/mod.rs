@@ -7,3 +7,4 @@ mod manifest;
 mod pull;
 
 pub use config::{RegistryConfig, RegistryHost};
+pub(crate) use manifest::{Descriptor, Manifest, Select, parse, select};

@@ -120,9 +120,9 @@ fn open_rw(path: &Path) -> io::Result<File> {
 
 /// A file being written, locked. Dropped without `publish` it is gone.
 #[derive(Debug)]
-pub(super) struct Partial {
-    pub(super) file: File,
-    pub(super) path: PathBuf,
+pub(crate) struct Partial {
+    pub(crate) file: File,
+    pub(crate) path: PathBuf,
     published: bool,
 }
 

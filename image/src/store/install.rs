@@ -6,6 +6,7 @@ use std::io::BufRead;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use oci_spec::image::ImageConfiguration;
 use rustix::fs::{FlockOperation, flock};
@@ -18,6 +19,7 @@ use crate::limits::Limits;
 use crate::merge::{LayerFile, merge};
 use crate::platform::Platform;
 use crate::progress::{Event, Progress};
+use crate::recipe::archive_length;
 
 use super::files::{self, Partial};
 use super::index::{Index, Record};
@@ -122,6 +124,29 @@ impl Store {
             .map(|metadata| metadata.len())
     }
 
+    /// Bytes of a layer's archive.
+    pub(crate) fn archive_bytes(&self, diff_id: &Digest) -> Result<u64> {
+        let path = self.paths.recipe(diff_id);
+        let recipe =
+            File::open(&path).map_err(|e| Error::io("cannot open layer recipe", &path, e))?;
+        archive_length(&recipe).map_err(|e| Error::Damaged {
+            path,
+            reason: e.to_string(),
+        })
+    }
+
+    /// A file to put an archive into while it is loaded; gone when dropped.
+    pub(crate) fn spool_file(&self) -> Result<Partial> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!("load-{}-{number}", std::process::id());
+            if let Some(file) = Partial::try_new(&self.paths, &self.paths.tmp().join(name))? {
+                return Ok(file);
+            }
+        }
+    }
+
     /// The right to write a layer; `None` while another process has it.
     pub(crate) fn layer_writer(&self, diff_id: &Digest) -> Result<Option<LayerWriter>> {
         let Some(blob) = Partial::try_new(&self.paths, &self.paths.layer(diff_id))? else {
@@ -219,7 +244,7 @@ impl Store {
                     path: self.paths.layer(id),
                 })
                 .collect();
-            merge(&layers, &chain, &partial.file, &partial.path)?;
+            merge(&layers, &chain, &partial.file)?;
             partial.publish(&target)?;
         }
     }

@@ -24,13 +24,15 @@ use std::path::Path;
 use oci_spec::distribution::Reference;
 use oci_spec::image::ImageConfiguration;
 
+use crate::archive::SavedLayer;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
 use files::Paths;
 use index::{Index, Record};
 
-pub(crate) use install::Config;
+pub(crate) use files::Partial;
+pub(crate) use install::{Config, UseLock};
 
 pub use image::{Image, Lease, Pruned, Removed, RootfsDisk};
 pub use options::{LoadOptions, LoadSource, PullOptions, PullPolicy, SaveTarget};
@@ -149,6 +151,49 @@ fn find<'a>(index: &'a Index, name_or_id: &str) -> Result<Option<&'a Record>> {
             prefix: name_or_id.to_owned(),
             ids: several.iter().map(|record| record.id.short()).collect(),
         }),
+    }
+}
+
+/// What `save` needs of an image.
+pub(crate) struct Saved {
+    pub(crate) id: Digest,
+    pub(crate) config: Vec<u8>,
+    pub(crate) names: Vec<String>,
+    pub(crate) layers: Vec<SavedLayer>,
+}
+
+impl Store {
+    /// Images to save: by name with that name, by id with all its names.
+    pub(crate) fn saved(&self, names_or_ids: &[&str]) -> Result<Vec<Saved>> {
+        let index = Index::read(&self.paths)?;
+        let mut all: Vec<Saved> = Vec::new();
+        for text in names_or_ids {
+            let record = require(&index, text)?;
+            let name = text.parse::<Reference>().ok().map(|name| name.whole());
+            let names = match name.filter(|name| record.names.contains(name)) {
+                Some(name) => vec![name],
+                None => record.names.clone(),
+            };
+            if let Some(same) = all.iter_mut().find(|saved| saved.id == record.id) {
+                same.names.extend(names);
+                same.names.sort();
+                same.names.dedup();
+                continue;
+            }
+            self.configuration(&record.id)?;
+            let layer = |diff_id: &Digest| SavedLayer {
+                diff_id: *diff_id,
+                blob: self.paths.layer(diff_id),
+                recipe: self.paths.recipe(diff_id),
+            };
+            all.push(Saved {
+                id: record.id,
+                config: files::read(&self.paths.document(&record.id))?,
+                names,
+                layers: record.layers.iter().map(layer).collect(),
+            });
+        }
+        Ok(all)
     }
 }
 
