@@ -194,7 +194,13 @@ impl Endpoint {
             .auth(&self.reference, &self.auth, RegistryOperation::Pull)
             .await
             .map_err(|e| self.failure(e, "the manifest"))?;
-        let url = format!("{}/manifests/{tag_or_digest}", self.base);
+        // A mirror of several registries is told which one is meant, as containerd does.
+        let namespace = self
+            .reference
+            .namespace()
+            .map(|name| format!("?ns={name}"))
+            .unwrap_or_default();
+        let url = format!("{}/manifests/{tag_or_digest}{namespace}", self.base);
         let mut request = self.http.get(url).header("Accept", MANIFEST_TYPES);
         request = match (&token, &self.auth) {
             (Some(token), _) => request.bearer_auth(token),
@@ -536,6 +542,7 @@ impl Endpoint {
                     again,
                 }
             }
+            OciDistributionError::IoError(e) if timed_out(&e) => self.stalled(what),
             OciDistributionError::IoError(e) => {
                 let message = format!("the connection broke while fetching {what}");
                 Failure {
@@ -560,6 +567,13 @@ impl Endpoint {
             }
         }
     }
+}
+
+/// Whether a broken stream is one that fell silent.
+fn timed_out(e: &std::io::Error) -> bool {
+    e.get_ref()
+        .and_then(|e| e.downcast_ref::<reqwest::Error>())
+        .is_some_and(reqwest::Error::is_timeout)
 }
 
 /// Registries on this machine seldom have certificates.
