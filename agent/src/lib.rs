@@ -1,0 +1,36 @@
+//! The guest's PID 1: builds containers as the shim asks, moves their streams, reaps.
+//!
+//! One thread, one tokio runtime. That makes fork safe to use as fork (see [`sys`]), and start-up cheap: the agent
+//! answers the host before it has mounted anything.
+//!
+//! | module | role |
+//! |---|---|
+//! | `server` | the ttrpc service |
+//! | `container` | spec to processes: plan, fork, the child's way, mounts |
+//! | `cgroup`, `seccomp` | limits and filters |
+//! | `conn`, `pump`, `control` | streams to the host |
+//! | `reaper`, `boot` | PID 1's duties |
+
+mod arch;
+mod boot;
+mod cgroup;
+mod conn;
+mod container;
+mod control;
+mod error;
+mod pump;
+mod reaper;
+pub mod seccomp;
+mod server;
+mod sys;
+
+pub use boot::{log, log_panics, power_off};
+pub use conn::{Conn, Host};
+pub use container::{check_process, check_spec};
+pub use error::{Error, Kind, Result};
+pub use server::serve;
+
+/// CLOCK_MONOTONIC in nanoseconds.
+pub fn monotonic_ns() -> u64 {
+    sys::monotonic_ns()
+}

@@ -1,0 +1,103 @@
+//! PID 1 of test guests: does what `test=` on the kernel's command line says and reports on the console.
+//!
+//! Built static and packed into an initrd by `tests/vm`.
+#![allow(unsafe_code)] // reason: port I/O, mount(2) and vsock have no safe wrappers here
+
+use std::arch::asm;
+use std::ffi::CString;
+use std::fs;
+
+const POWER_PORT: u16 = casemate_protocol::POWER_PORT;
+
+fn main() {
+    mount("proc", "/proc");
+    mount("sysfs", "/sys");
+    mount("devtmpfs", "/dev");
+    // SAFETY: PID 1 of a guest of its own may use any port.
+    unsafe { libc::ioperm(POWER_PORT.into(), 1, 1) };
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let test = cmdline
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("test="))
+        .unwrap_or("off");
+    for step in test.split(',') {
+        run(step);
+    }
+    power(casemate_protocol::power::OFF);
+}
+
+fn run(step: &str) {
+    match step {
+        "off" => power(casemate_protocol::power::OFF),
+        "reset" => power(casemate_protocol::power::RESET),
+        // PID 1 that ends is a panic.
+        "panic" => std::process::exit(1),
+        "hang" => loop {
+            std::thread::park();
+        },
+        "hello" => println!("hello from PID {}", std::process::id()),
+        "cpus" => {
+            for cpu in 1..32 {
+                let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+                let _ = fs::write(path, "1");
+            }
+            let online = fs::read_to_string("/sys/devices/system/cpu/online");
+            println!("cpus {}", online.unwrap_or_default().trim());
+        }
+        "memory" => {
+            let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+            println!("memory {}", meminfo.lines().next().unwrap_or_default());
+        }
+        "clock" => {
+            let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+            println!(
+                "clock {}",
+                fs::read_to_string(source).unwrap_or_default().trim()
+            );
+        }
+        "count" => (0..).for_each(|count| {
+            println!("count {count}");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }),
+        "interrupts" => println!(
+            "{}",
+            fs::read_to_string("/proc/interrupts").unwrap_or_default()
+        ),
+        "disks" => {
+            for disk in ["vda", "vdb", "vdc"] {
+                if let Ok(size) = fs::read_to_string(format!("/sys/block/{disk}/size")) {
+                    let mut first = [0; 16];
+                    let read = fs::File::open(format!("/dev/{disk}"))
+                        .and_then(|mut file| std::io::Read::read(&mut file, &mut first));
+                    println!("disk {disk} {} {read:?} {first:?}", size.trim());
+                }
+            }
+        }
+        other => println!("unknown step {other}"),
+    }
+}
+
+fn mount(kind: &str, at: &str) {
+    let _ = fs::create_dir(at);
+    let (kind, at) = (CString::new(kind), CString::new(at));
+    if let (Ok(kind), Ok(at)) = (kind, at) {
+        // SAFETY: all strings are terminated and outlive the call.
+        unsafe {
+            libc::mount(
+                kind.as_ptr(),
+                at.as_ptr(),
+                kind.as_ptr(),
+                0,
+                std::ptr::null(),
+            )
+        };
+    }
+}
+
+fn power(byte: u8) -> ! {
+    // SAFETY: a port write touches no memory; `ioperm` has allowed it.
+    unsafe { asm!("out dx, al", in("dx") POWER_PORT, in("al") byte, options(nomem, nostack)) };
+    loop {
+        std::thread::park();
+    }
+}
