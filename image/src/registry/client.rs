@@ -125,12 +125,10 @@ impl Endpoint {
         };
         // One provider for the process; if another part of it was faster, that one serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let timeout = Some(Duration::from_secs(limits.stall_seconds));
-        let connect_timeout = Some(Duration::from_secs(limits.connect_seconds));
+        let timeout = Duration::from_secs(limits.stall_seconds);
+        let connect_timeout = Duration::from_secs(limits.connect_seconds);
         let mut http = reqwest::Client::builder().user_agent(USER_AGENT);
-        http = http
-            .read_timeout(timeout.unwrap_or_default())
-            .connect_timeout(connect_timeout.unwrap_or_default());
+        http = http.read_timeout(timeout).connect_timeout(connect_timeout);
         for certificate in &certificates {
             let parsed = reqwest::Certificate::from_pem(&certificate.data).map_err(|e| {
                 failed(
@@ -150,8 +148,8 @@ impl Endpoint {
                 ClientProtocol::Https
             },
             extra_root_certificates: certificates,
-            read_timeout: timeout,
-            connect_timeout,
+            read_timeout: Some(timeout),
+            connect_timeout: Some(connect_timeout),
             user_agent: USER_AGENT,
             ..ClientConfig::default()
         })
