@@ -199,6 +199,9 @@ impl EventLoop {
             true => String::new(),
             false => guest_log::tail(&self.vm.memory),
         };
+        if outcome.code == exit_code::KVM_FAILED {
+            outcome.reason += "; `casemate check` tells whether this host runs normal guests";
+        }
         if outcome.code == exit_code::RESET && guest_log::has_panic(&guest_log) {
             outcome = Outcome::new(exit_code::PANIC, "the guest's kernel panicked");
         }

@@ -130,6 +130,11 @@ impl Vcpu {
         let _ = self.thread.kill(SIGRTMIN()); // a thread that is gone needs no kick
     }
 
+    /// Waits for the thread's end, after the guest's.
+    pub fn join(self) {
+        let _ = self.thread.join();
+    }
+
     /// The vCPU itself; only while the gate is closed, else this waits for an exit.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         lock(&self.fd)
@@ -180,9 +185,6 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 shared.ports.write(port.into(), data);
-                if shared.ending.outcome().is_some() {
-                    return shared.ending.outcome().cloned();
-                }
                 ExitClass::PortWrite
             }
             Ok(VcpuExit::IoIn(port, data)) => {
@@ -220,6 +222,10 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
             }
         };
         exits.count(class);
+        // The power port, or another vCPU, may have ended it all.
+        if let Some(outcome) = shared.ending.outcome() {
+            return Some(outcome.clone());
+        }
     }
     None
 }
@@ -229,8 +235,6 @@ fn internal_error(fd: &mut VcpuFd) -> Outcome {
     // SAFETY: KVM filled this member of the union: the exit reason is KVM_EXIT_INTERNAL_ERROR.
     let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
     let at = fd.get_regs().map_or(0, |regs| regs.rip);
-    let reason = format!(
-        "KVM gave up at guest instruction {at:#x} (internal error {suberror}): `casemate check` tells whether this host can run a normal guest"
-    );
+    let reason = format!("KVM gave up at guest instruction {at:#x} (internal error {suberror})");
     Outcome::new(exit_code::KVM_FAILED, reason)
 }
