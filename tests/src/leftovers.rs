@@ -47,18 +47,17 @@ fn sandboxes(state: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Scratch disks; the cached templates that they are copied from have a directory or a name of their own.
+/// Scratch disks, wherever below the directory they are.
 fn entries(scratch: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(scratch) else {
         return Vec::new();
     };
     entries
         .flatten()
-        .filter(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            name.ends_with(".img") && !name.contains("template")
+        .flat_map(|entry| match entry.path() {
+            path if path.is_dir() => entries(&path),
+            path => vec![path.display().to_string()],
         })
-        .map(|entry| entry.path().display().to_string())
         .collect()
 }
 
