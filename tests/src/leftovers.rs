@@ -21,7 +21,7 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
             })
             .collect();
         found.extend(sandboxes(state));
-        found.extend(entries(&data.join("scratch")));
+        found.extend(disks(&data.join("scratch")));
         if found.is_empty() || Instant::now() > deadline {
             return found;
         }
@@ -48,14 +48,14 @@ fn sandboxes(state: &Path) -> Vec<String> {
 }
 
 /// Scratch disks, wherever below the directory they are.
-fn entries(scratch: &Path) -> Vec<String> {
+fn disks(scratch: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(scratch) else {
         return Vec::new();
     };
     entries
         .flatten()
         .flat_map(|entry| match entry.path() {
-            path if path.is_dir() => entries(&path),
+            path if path.is_dir() => disks(&path),
             path => vec![path.display().to_string()],
         })
         .collect()
