@@ -45,7 +45,7 @@ pub(crate) fn convert(
 ) -> Result<Converted> {
     let (full, filled) = sync_channel(BUFFERS);
     let (empty, emptied) = channel();
-    std::thread::scope(|scope| {
+    let converted = std::thread::scope(|scope| {
         let inflate = std::thread::Builder::new()
             .name("inflate".into())
             .spawn_scoped(scope, move || {
@@ -63,7 +63,8 @@ pub(crate) fn convert(
             | (_, Err(e @ (Error::DigestMismatch { .. } | Error::Truncated { .. }))) => Err(e),
             (Err(e), _) => Err(e),
         }
-    })
+    });
+    converted.map_err(|e: Error| e.in_layer(&expected.what))
 }
 
 fn write(

@@ -168,8 +168,10 @@ pub enum Error {
     },
 
     /// A layer's archive is malformed or hostile.
-    #[error("layer entry {entry:?}: {reason}")]
+    #[error("{layer}: entry {entry:?}: {reason}")]
     BadLayer {
+        /// The layer, by digest once it is known.
+        layer: String,
         /// The entry's name, shortened and escaped.
         entry: String,
         /// What is wrong with it.
@@ -246,14 +248,31 @@ impl Error {
         }
     }
 
+    /// The same error, telling which layer it was.
+    pub(crate) fn in_layer(mut self, name: &str) -> Self {
+        if let Self::BadLayer { layer: what, .. }
+        | Self::Truncated { what, .. }
+        | Self::Limit { what, .. } = &mut self
+            && let Some(rest) = what.strip_prefix(LAYER)
+            && !rest.contains("sha256:")
+        {
+            *what = format!("{name}{rest}");
+        }
+        self
+    }
+
     /// A malformed or hostile layer; the name is bounded and made printable.
     pub(crate) fn layer(entry: &[u8], reason: impl Into<String>) -> Self {
         Self::BadLayer {
+            layer: LAYER.to_owned(),
             entry: printable(entry),
             reason: reason.into(),
         }
     }
 }
+
+/// How a layer is called where its digest isn't known.
+pub(crate) const LAYER: &str = "layer";
 
 /// A name from outside, cut to a line and made printable.
 pub(crate) fn printable(name: &[u8]) -> String {

@@ -203,7 +203,7 @@ impl<'a> Layer<'a> {
     fn check_path(&self, path: &[u8], whole: &[u8]) -> Result<()> {
         if path.len() as u64 > self.limits.path_bytes {
             return Err(Error::Limit {
-                what: format!("path {:?}", printable(whole)),
+                what: format!("layer: path {:?}", printable(whole)),
                 limit: self.limits.path_bytes,
                 unit: "bytes",
                 key: "path_bytes",
@@ -527,3 +527,6 @@ fn chunk_bits(size: u64, segments: &[Segment]) -> u8 {
     let whole = u64::from(size.div_ceil(BLOCK).next_power_of_two().trailing_zeros());
     aligned.max(needed).min(whole) as u8
 }
+
+#[cfg(test)]
+mod tests;

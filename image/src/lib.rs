@@ -11,6 +11,8 @@ mod convert;
 mod digest;
 mod erofs;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod layer;
 mod limits;
 mod merge;
@@ -20,6 +22,8 @@ mod recipe;
 mod registry;
 mod store;
 mod tar;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 pub use digest::Digest;

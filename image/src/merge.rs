@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::blob::Blob;
 use crate::digest::Digest;
@@ -26,11 +26,21 @@ pub(crate) struct LayerFile {
 }
 
 /// Merges `layers`, bottom first, and writes the image of the result to `file`.
-pub(crate) fn merge(
-    layers: &[LayerFile],
+pub(crate) fn merge(layers: &[LayerFile], chain_id: &Digest, file: &File) -> Result<()> {
+    let mut files = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let file =
+            File::open(&layer.path).map_err(|e| Error::io("cannot open layer", &layer.path, e))?;
+        files.push((layer.diff_id, file));
+    }
+    merge_files(files, chain_id, file)
+}
+
+/// The same with the layers' blobs open.
+pub(crate) fn merge_files(
+    layers: Vec<(Digest, File)>,
     chain_id: &Digest,
-    file: &File,
-    path: &Path,
+    out: &File,
 ) -> Result<()> {
     let mut merge = Merge {
         tree: Tree::new(TreeLimits {
@@ -39,28 +49,27 @@ pub(crate) fn merge(
         }),
     };
     let mut devices: Vec<(Digest, Device)> = Vec::new();
-    for layer in layers {
-        let file =
-            File::open(&layer.path).map_err(|e| Error::io("cannot open layer", &layer.path, e))?;
+    for (diff_id, file) in layers {
+        let name = format!("layer {diff_id}");
         let size = file
             .metadata()
-            .map_err(|e| Error::io("cannot read layer", &layer.path, e))?
+            .map_err(|e| Error::io("cannot read", &name, e))?
             .len();
         // A layer that appears twice is one device.
-        let number = match devices.iter().position(|(id, _)| *id == layer.diff_id) {
+        let number = match devices.iter().position(|(id, _)| *id == diff_id) {
             Some(number) => number,
             None => {
-                devices.push((layer.diff_id, device(&layer.diff_id, size)?));
+                devices.push((diff_id, device(&diff_id, size)?));
                 devices.len() - 1
             }
         };
         let device = u16::try_from(number + 1).map_err(|_| too_many_layers())?;
         let damaged = |e| match e {
             Error::BadErofs { reason, offset } => Error::Damaged {
-                path: layer.path.clone(),
+                path: name.clone().into(),
                 reason: format!("{reason} at byte {offset}"),
             },
-            other => other,
+            other => other.in_layer(&name),
         };
         let reader = Reader::open(file).map_err(damaged)?;
         merge.layer(&reader, device).map_err(damaged)?;
@@ -74,12 +83,12 @@ pub(crate) fn merge(
         .collect();
     renumber(&mut merge.tree, &used);
     let start = erofs::head_blocks(kept.len());
-    let mut blob = Blob::new(file, start * BLOCK);
+    let mut blob = Blob::new(out, start * BLOCK);
     let metadata =
         erofs::write_metadata(&merge.tree, &mut blob, start, Some(&kept), uuid(chain_id))?;
     blob.flush()
-        .and_then(|()| file.write_all_at(&metadata.head, 0))
-        .map_err(|e| Error::io("cannot write root file system", path, e))
+        .and_then(|()| out.write_all_at(&metadata.head, 0))
+        .map_err(|e| Error::io("cannot write", "the root file system", e))
 }
 
 fn device(diff_id: &Digest, bytes: u64) -> Result<Device> {

@@ -243,7 +243,7 @@ impl Tree {
     fn check_bytes(&self, more: u64) -> Result<()> {
         if self.names.len() as u64 + self.xattr_bytes + more > self.limits.bytes {
             return Err(Error::Limit {
-                what: "names and attributes of the layer".into(),
+                what: "layer: names and attributes".into(),
                 limit: self.limits.bytes,
                 unit: "bytes",
                 key: "layer_metadata_bytes",

@@ -184,7 +184,7 @@ impl Store {
             bytes,
         });
         let expected = Expected {
-            what: format!("layer {}", layer.name),
+            what: format!("layer {}", layer.blob.map_or(diff_id, |(digest, _)| digest)),
             blob: layer.blob,
             diff_id,
         };

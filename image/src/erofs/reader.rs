@@ -149,7 +149,6 @@ pub(crate) struct Reader<S> {
     metadata: u64,
     shared_xattrs: u64,
     root: u64,
-    inodes: u64,
     epoch: (i64, u32),
     devices: Vec<Slot>,
     windows: RefCell<HashMap<u64, Rc<[u8]>>>,
@@ -167,7 +166,6 @@ impl<S: Source> Reader<S> {
             metadata: 0,
             shared_xattrs: 0,
             root: 0,
-            inodes: 0,
             epoch: (0, 0),
             devices: Vec::new(),
             windows: RefCell::default(),
@@ -192,7 +190,6 @@ impl<S: Source> Reader<S> {
             ));
         }
         reader.root = u64::from(head.u16(14));
-        reader.inodes = head.u64(16);
         reader.epoch = (head.u64(24) as i64, head.u32(32));
         reader.metadata = u64::from(head.u32(40)) * BLOCK;
         reader.shared_xattrs = u64::from(head.u32(44)) * BLOCK;
@@ -214,11 +211,6 @@ impl<S: Source> Reader<S> {
     /// The device table.
     pub(crate) fn devices(&self) -> &[Slot] {
         &self.devices
-    }
-
-    /// Inodes the superblock counts.
-    pub(crate) fn inode_count(&self) -> u64 {
-        self.inodes
     }
 
     /// The root directory.

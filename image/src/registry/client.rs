@@ -273,7 +273,7 @@ impl Endpoint {
         progress: &dyn Progress,
         received: &(dyn Fn(u64) + Sync),
     ) {
-        let what = format!("layer {}", digest.short());
+        let what = format!("layer {digest}");
         let mut offset = 0;
         let mut tries = 0;
         loop {

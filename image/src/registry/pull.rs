@@ -182,7 +182,7 @@ impl Store {
             bytes: blob.size,
         });
         let expected = Expected {
-            what: format!("layer {}", blob.digest.short()),
+            what: format!("layer {}", blob.digest),
             blob: Some((blob.digest, blob.size)),
             diff_id,
         };

@@ -244,7 +244,7 @@ impl Store {
                     path: self.paths.layer(id),
                 })
                 .collect();
-            merge(&layers, &chain, &partial.file, &partial.path)?;
+            merge(&layers, &chain, &partial.file)?;
             partial.publish(&target)?;
         }
     }

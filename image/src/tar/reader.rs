@@ -39,8 +39,6 @@ pub(crate) struct Entry {
     pub(crate) device: (u32, u32),
     /// The file's size, holes included.
     pub(crate) size: u64,
-    /// Bytes of data that follow.
-    pub(crate) stored: u64,
     /// The pieces that have data, if it is a sparse file.
     pub(crate) sparse: Option<Vec<Segment>>,
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
@@ -243,7 +241,6 @@ impl<R: BufRead, T: Tap> Archive<R, T> {
             mtime_nsec,
             device,
             size,
-            stored,
             sparse,
             xattrs: pax.take_xattrs(),
             link,
@@ -350,7 +347,7 @@ impl<R: BufRead, T: Tap> Archive<R, T> {
 
     fn truncated(&self) -> Error {
         Error::Truncated {
-            what: "layer archive".into(),
+            what: "layer".into(),
             detail: format!("it ends in the entry at byte {}", self.at),
         }
     }
