@@ -255,7 +255,7 @@ fn limits(pid: Pid, plan: &Plan) -> Result<()> {
             .attempt(|| format!("set oom_score_adj to {adj}"))?;
     }
     for (resource, limit) in &plan.rlimits {
-        rustix::process::prlimit(Some(pid), *resource, limit.clone())
+        rustix::process::prlimit(Some(pid), *resource, *limit)
             .attempt(|| format!("set {resource:?} to {limit:?}"))?;
     }
     Ok(())
