@@ -3,6 +3,20 @@
 //! The transport (`mmio`) owns registers, feature negotiation, status, queue
 //! addresses and the interrupt; a device sees only active queues.
 
+pub mod balloon;
+pub mod blk;
+pub mod buffers;
+pub mod counters;
+pub mod mmio;
+pub mod net;
+pub mod ring;
+pub mod rng;
+pub mod saved;
+pub mod supply;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
+pub mod vsock;
+
 use std::os::fd::RawFd;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;

@@ -1,0 +1,83 @@
+# The build graph: kernel, static agent, binaries, install, tests. `make help` lists the targets.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+# A staged installation; the binaries find their parts relative to themselves.
+STAGE   := build
+BIN     := $(STAGE)/bin
+LIBEXEC := $(STAGE)/libexec/casemate
+SHARE   := $(STAGE)/share/casemate
+
+TRIPLE  := x86_64-unknown-linux-gnu
+# Static: no dynamic linker on the start path, nothing to look up inside an empty root or a guest.
+STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --quiet --release --target $(TRIPLE)
+GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --quiet --profile agent --target $(TRIPLE)
+
+.PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e gate fuzz bench install uninstall clean
+
+all: build
+
+help:
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:
+	@scripts/setup
+
+setup-test:
+	@scripts/setup test
+
+build: kernel binaries ## build everything into build/
+
+kernel: setup
+	@mkdir -p $(SHARE)
+	@install -m 644 "$$(guest-kernel-config/build guest)" $(SHARE)/vmlinux
+
+binaries: setup
+	@mkdir -p $(BIN) $(LIBEXEC) $(SHARE)
+	@$(GUEST) -p casemate-agent
+	@$(STATIC) -p casemate-vmm --bin casemate-vmm
+	@$(STATIC) -p casemate --bin containerd-shim-casemate-v2
+	@cargo build --quiet --release -p casemate --bin casemate
+	@install -m 755 target/static/$(TRIPLE)/release/casemate-vmm $(LIBEXEC)/
+	@install -m 755 target/static/$(TRIPLE)/release/containerd-shim-casemate-v2 target/release/casemate $(BIN)/
+	@agent/mkinitrd target/guest/$(TRIPLE)/agent/casemate-agent $(SHARE)/initrd.cpio
+
+demo: build ## run a real Debian image in a microVM
+	@scripts/demo
+
+test: setup-test lint unit e2e gate fuzz ## pass the tests
+
+lint: setup-test
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
+	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
+
+unit: setup-test
+	cargo test --workspace --quiet
+
+e2e: setup-test build ## the end-to-end tests, on the KVM host
+	tests/run-e2e
+
+gate: setup-test build
+	tests/bench/run --gate
+
+fuzz: setup-test ## FUZZ_SECONDS=60 for each target
+	fuzz/run $(or $(FUZZ_SECONDS),5)
+
+bench: setup-test build ## measure; writes target/bench/ and docs/performance.md
+	tests/bench/run
+
+install: ## PREFIX=/usr/local DESTDIR=
+	@test -x $(BIN)/casemate || { echo "nothing to install: run make first" >&2; exit 1; }
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/casemate $(DESTDIR)$(PREFIX)/share/casemate
+	install -m 755 $(BIN)/casemate $(BIN)/containerd-shim-casemate-v2 $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(LIBEXEC)/casemate-vmm $(DESTDIR)$(PREFIX)/libexec/casemate/
+	install -m 644 $(SHARE)/vmlinux $(SHARE)/initrd.cpio $(DESTDIR)$(PREFIX)/share/casemate/
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/casemate $(DESTDIR)$(PREFIX)/bin/containerd-shim-casemate-v2
+	rm -rf $(DESTDIR)$(PREFIX)/libexec/casemate $(DESTDIR)$(PREFIX)/share/casemate
+
+clean:
+	rm -rf $(STAGE) target

@@ -1,0 +1,10 @@
+//! Talking to registries. Nothing here runs for an image that the store has.
+
+mod auth;
+mod client;
+mod config;
+mod manifest;
+mod pull;
+
+pub use config::{RegistryConfig, RegistryHost};
+pub(crate) use manifest::{Descriptor, Manifest, Select, parse, select};

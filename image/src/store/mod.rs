@@ -1,0 +1,204 @@
+//! The images on disk, by digest.
+//!
+//! ```text
+//! DATA/index.json              names → images, replaced atomically under index.lock
+//! DATA/blobs/sha256/HEX        manifests and configurations
+//! DATA/layers/HEX.erofs        a layer's blob, by diff id
+//! DATA/layers/HEX.recipe       how to get the layer's archive back from the blob, byte by byte
+//! DATA/rootfs/HEX.erofs        merged metadata, by chain id; locked by leases
+//! DATA/use.lock                shared by who adds files, exclusive for who removes them
+//! DATA/tmp/                    unfinished files, each locked by its writer
+//! ```
+//!
+//! Lock order: use.lock, a file in tmp/, index.lock.
+
+mod collect;
+mod files;
+mod image;
+mod index;
+mod install;
+mod options;
+
+use std::path::Path;
+
+use oci_spec::distribution::Reference;
+use oci_spec::image::ImageConfiguration;
+
+use crate::archive::SavedLayer;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+use files::Paths;
+use index::{Index, Record};
+
+pub(crate) use files::Partial;
+pub(crate) use install::{Config, UseLock};
+
+pub use image::{Image, Lease, Pruned, Removed, RootfsDisk};
+pub use options::{LoadOptions, LoadSource, PullOptions, PullPolicy, SaveTarget};
+
+/// A store of images in a directory. Cheap to open and to clone; several processes may share the directory.
+#[derive(Clone, Debug)]
+pub struct Store {
+    paths: Paths,
+}
+
+/// Parses a name as users write it (`debian`, `registry:5000/a/b:tag`, `name@sha256:…`) into the full form.
+pub fn parse_reference(name: &str) -> Result<Reference> {
+    name.parse()
+        .map_err(|e: oci_spec::distribution::ParseError| Error::BadName {
+            name: name.to_owned(),
+            reason: e.to_string(),
+        })
+}
+
+impl Store {
+    /// Opens the store in `data_dir`, laying its directories (0700) if they aren't there.
+    pub fn open(data_dir: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self {
+            paths: Paths::create(data_dir.as_ref())?,
+        })
+    }
+
+    /// The image of this name (`debian`, `debian@sha256:…`), id, or unique beginning of an id.
+    pub fn find(&self, name_or_id: &str) -> Result<Option<Image>> {
+        let index = Index::read(&self.paths)?;
+        find(&index, name_or_id)?
+            .map(|record| self.image(record))
+            .transpose()
+    }
+
+    /// Every image, newest first.
+    pub fn list(&self) -> Result<Vec<Image>> {
+        let index = Index::read(&self.paths)?;
+        let mut images = index
+            .images
+            .iter()
+            .map(|record| self.image(record))
+            .collect::<Result<Vec<_>>>()?;
+        images.sort_by(|a, b| {
+            b.created
+                .cmp(&a.created)
+                .then_with(|| a.names.cmp(&b.names))
+        });
+        Ok(images)
+    }
+
+    /// Gives `name_or_id` a further name; a name that stood for another image moves.
+    pub fn tag(&self, name_or_id: &str, new_name: &Reference) -> Result<Image> {
+        let record = Index::update(&self.paths, |index| {
+            let mut record = require(index, name_or_id)?.clone();
+            record.names = vec![new_name.whole()];
+            let id = record.id;
+            index.add(record);
+            require(index, &id.to_string()).cloned()
+        })?;
+        self.image(&record)
+    }
+
+    /// An image with its configuration read and verified.
+    fn image(&self, record: &Record) -> Result<Image> {
+        let Record {
+            id,
+            manifest,
+            names,
+            repo_digests,
+            platform,
+            created,
+            size,
+            layers,
+        } = record;
+        Ok(Image {
+            id: *id,
+            names: names.clone(),
+            repo_digests: repo_digests.clone(),
+            digest: *manifest,
+            created: created.clone(),
+            size: *size,
+            platform: platform.clone(),
+            layers: layers.clone(),
+            config: self.configuration(id)?,
+        })
+    }
+
+    fn configuration(&self, id: &Digest) -> Result<ImageConfiguration> {
+        let path = self.paths.document(id);
+        let bytes = files::read(&path)?;
+        let damaged = |reason: String| Error::Damaged {
+            path: path.clone(),
+            reason,
+        };
+        if Digest::of(&bytes) != *id {
+            return Err(damaged("wrong digest".into()));
+        }
+        serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))
+    }
+}
+
+/// Names come before ids: an image may be called `beef`.
+fn find<'a>(index: &'a Index, name_or_id: &str) -> Result<Option<&'a Record>> {
+    let by_name = name_or_id
+        .parse::<Reference>()
+        .ok()
+        .and_then(|name| index.by_name(&name.whole()));
+    if by_name.is_some() {
+        return Ok(by_name);
+    }
+    match index.by_id(name_or_id).as_slice() {
+        [] => Ok(None),
+        [record] => Ok(Some(record)),
+        several => Err(Error::Ambiguous {
+            prefix: name_or_id.to_owned(),
+            ids: several.iter().map(|record| record.id.short()).collect(),
+        }),
+    }
+}
+
+/// What `save` needs of an image.
+pub(crate) struct Saved {
+    pub(crate) id: Digest,
+    pub(crate) config: Vec<u8>,
+    pub(crate) names: Vec<String>,
+    pub(crate) layers: Vec<SavedLayer>,
+}
+
+impl Store {
+    /// Images to save: by name with that name, by id with all its names.
+    pub(crate) fn saved(&self, names_or_ids: &[&str]) -> Result<Vec<Saved>> {
+        let index = Index::read(&self.paths)?;
+        let mut all: Vec<Saved> = Vec::new();
+        for text in names_or_ids {
+            let record = require(&index, text)?;
+            let name = text.parse::<Reference>().ok().map(|name| name.whole());
+            let names = match name.filter(|name| record.names.contains(name)) {
+                Some(name) => vec![name],
+                None => record.names.clone(),
+            };
+            if let Some(same) = all.iter_mut().find(|saved| saved.id == record.id) {
+                same.names.extend(names);
+                same.names.sort();
+                same.names.dedup();
+                continue;
+            }
+            self.configuration(&record.id)?;
+            let layer = |diff_id: &Digest| SavedLayer {
+                diff_id: *diff_id,
+                blob: self.paths.layer(diff_id),
+                recipe: self.paths.recipe(diff_id),
+            };
+            all.push(Saved {
+                id: record.id,
+                config: files::read(&self.paths.document(&record.id))?,
+                names,
+                layers: record.layers.iter().map(layer).collect(),
+            });
+        }
+        Ok(all)
+    }
+}
+
+fn require<'a>(index: &'a Index, name_or_id: &str) -> Result<&'a Record> {
+    find(index, name_or_id)?.ok_or_else(|| Error::NotFound {
+        name: name_or_id.to_owned(),
+    })
+}

@@ -1,0 +1,55 @@
+//! `containerd-shim-casemate-v2`: looks after one sandbox.
+
+use anyhow::{Context, bail};
+use casemate::fds;
+use casemate::shim::{Serve, run};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match parse(std::env::args().skip(1)).and_then(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("casemate shim: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--discard]`
+fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
+    let (mut dir, mut listener, mut lock) = (None, None, None);
+    let (mut lifeline, mut console, mut discard, mut serves) = (None, None, false, false);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--serve" => serves = true,
+            "--dir" => dir = Some(PathBuf::from(value()?)),
+            "--listen-fd" => listener = Some(descriptor(&arg, &value()?)?),
+            "--lock-fd" => lock = Some(descriptor(&arg, &value()?)?),
+            "--lifeline-fd" => lifeline = Some(descriptor(&arg, &value()?)?),
+            "--console-fd" => console = Some(descriptor(&arg, &value()?)?),
+            "--discard" => discard = true,
+            other => bail!("unknown argument {other:?}; this program is started by casemate"),
+        }
+    }
+    if !serves {
+        bail!("this program is started by casemate");
+    }
+    Ok(Serve {
+        dir: dir.context("--dir is missing")?,
+        listener: listener.context("--listen-fd is missing")?,
+        lock: lock.context("--lock-fd is missing")?,
+        lifeline,
+        console,
+        discard,
+    })
+}
+
+fn descriptor(name: &str, text: &str) -> anyhow::Result<OwnedFd> {
+    let number = text
+        .parse()
+        .with_context(|| format!("{name}: {text:?} is not a descriptor's number"))?;
+    fds::inherit(number).with_context(|| format!("{name}: descriptor {number} is not open"))
+}

@@ -1,0 +1,353 @@
+//! The command line's grammar. Names and meanings are Docker's where Docker has them.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Containers in microVMs of their own
+#[derive(Debug, Parser)]
+#[command(
+    name = "casemate",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
+pub(super) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a command in a new container
+    Run(Box<RunArgs>),
+    /// Fetch an image from a registry
+    Pull(PullArgs),
+    /// List images
+    Images(ImagesArgs),
+    /// Remove images
+    Rmi(RmiArgs),
+    /// Load images from an archive or an OCI layout
+    Load(LoadArgs),
+    /// Save images to an archive
+    Save(SaveArgs),
+    /// Give an image a further name
+    Tag(TagArgs),
+    /// Show everything about containers or images, as JSON
+    Inspect(InspectArgs),
+    /// Remove images without a name, and what no image needs
+    Prune(PruneArgs),
+    /// List containers
+    Ps(PsArgs),
+    /// Remove containers
+    Rm(RmArgs),
+    /// Say whether this host can run microVMs, and what is missing
+    Check(CheckArgs),
+    /// Show the version
+    Version(FormatArgs),
+    /// Print a shell's completion script
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages
+    #[command(hide = true)]
+    Man {
+        /// Where to
+        dir: PathBuf,
+    },
+}
+
+/// When to ask the registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum PullWhen {
+    /// Even if the image is here
+    Always,
+    /// If it is not here
+    Missing,
+    /// Use what is here
+    Never,
+}
+
+/// How `--timing` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum TimingFormat {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+}
+
+/// `casemate run`
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub(super) rm: bool,
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(super) interactive: bool,
+    /// Give the container a terminal
+    #[arg(short, long)]
+    pub(super) tty: bool,
+    /// Set an environment variable: NAME=VALUE, or NAME for its value here
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub(super) env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub(super) env_file: Vec<PathBuf>,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub(super) workdir: Option<String>,
+    /// User, and group, to run as: NAME|UID[:GROUP|GID]
+    #[arg(short, long)]
+    pub(super) user: Option<String>,
+    /// Replace the image's entrypoint
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) entrypoint: Option<String>,
+    /// The container's host name
+    #[arg(long, value_name = "NAME")]
+    pub(super) hostname: Option<String>,
+    /// The container's name
+    #[arg(long)]
+    pub(super) name: Option<String>,
+    /// CPUs to use, fractions allowed
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
+    pub(super) cpus: Option<String>,
+    /// Memory limit, like 512m or 2g
+    #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(super) memory: Option<String>,
+    /// Make the container's root file system read-only
+    #[arg(long)]
+    pub(super) read_only: bool,
+    /// Mount a tmpfs: DIR[:OPTIONS]
+    #[arg(long, value_name = "DIR[:OPTIONS]")]
+    pub(super) tmpfs: Vec<String>,
+    /// Add a capability, or ALL
+    #[arg(long, value_name = "CAP")]
+    pub(super) cap_add: Vec<String>,
+    /// Drop a capability, or ALL
+    #[arg(long, value_name = "CAP")]
+    pub(super) cap_drop: Vec<String>,
+    /// Set a label: NAME[=VALUE]
+    #[arg(short, long = "label", value_name = "NAME[=VALUE]")]
+    pub(super) labels: Vec<String>,
+    /// When to ask the registry for the image
+    #[arg(long, value_enum, default_value = "missing", value_name = "WHEN")]
+    pub(super) pull: PullWhen,
+    /// Platform of the image: OS/ARCH[/VARIANT]
+    #[arg(long)]
+    pub(super) platform: Option<String>,
+    /// Size of the writable layer, a hard limit
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(super) storage_size: Option<String>,
+    /// Print on standard error how long each phase of the start took
+    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub(super) timing: Option<TimingFormat>,
+    /// Write the guest kernel's log to standard error, or to a file
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
+    pub(super) kernel_log: Option<PathBuf>,
+    /// The image
+    pub(super) image: String,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(super) command: Vec<String>,
+}
+
+/// `casemate pull`
+#[derive(Debug, Args)]
+pub(super) struct PullArgs {
+    /// Platform of the image: OS/ARCH[/VARIANT]
+    #[arg(long)]
+    pub(super) platform: Option<String>,
+    /// Print the image's id only
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+    /// The image
+    pub(super) image: String,
+}
+
+/// `--format`
+#[derive(Debug, Args)]
+pub(super) struct FormatArgs {
+    /// table, json or a Go template such as '{{.ID}}'
+    #[arg(long)]
+    pub(super) format: Option<String>,
+}
+
+/// `casemate images`
+#[derive(Debug, Args)]
+pub(super) struct ImagesArgs {
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+    /// Print ids only
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+    /// Don't shorten ids
+    #[arg(long)]
+    pub(super) no_trunc: bool,
+    /// Show digests
+    #[arg(long)]
+    pub(super) digests: bool,
+    /// Only images of this repository or name
+    pub(super) name: Option<String>,
+}
+
+/// `casemate rmi`
+#[derive(Debug, Args)]
+pub(super) struct RmiArgs {
+    /// Remove an image that has several names or is in use
+    #[arg(short, long)]
+    pub(super) force: bool,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) images: Vec<String>,
+}
+
+/// `casemate load`
+#[derive(Debug, Args)]
+pub(super) struct LoadArgs {
+    /// Read from this archive or OCI layout directory instead of standard input
+    #[arg(short, long, value_name = "PATH")]
+    pub(super) input: Option<PathBuf>,
+    /// Platform of the images: OS/ARCH[/VARIANT]
+    #[arg(long)]
+    pub(super) platform: Option<String>,
+    /// Print the images' names only
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+}
+
+/// Formats of `casemate save`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum SaveFormat {
+    /// What `docker load` reads
+    DockerArchive,
+    /// An OCI layout in a tar file
+    OciArchive,
+    /// An OCI layout directory
+    OciDir,
+}
+
+/// `casemate save`
+#[derive(Debug, Args)]
+pub(super) struct SaveArgs {
+    /// Write to this file or directory instead of standard output
+    #[arg(short, long, value_name = "PATH")]
+    pub(super) output: Option<PathBuf>,
+    /// What to write
+    #[arg(long, value_enum, default_value = "docker-archive")]
+    pub(super) format: SaveFormat,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) images: Vec<String>,
+}
+
+/// `casemate tag`
+#[derive(Debug, Args)]
+pub(super) struct TagArgs {
+    /// Name or id
+    pub(super) source: String,
+    /// The new name
+    pub(super) target: String,
+}
+
+/// What `inspect` looks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Kind {
+    /// Containers
+    Container,
+    /// Images
+    Image,
+}
+
+/// `casemate inspect`
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+    /// Look for this kind only
+    #[arg(long = "type", value_enum)]
+    pub(super) kind: Option<Kind>,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) names: Vec<String>,
+}
+
+/// `casemate prune`
+#[derive(Debug, Args)]
+pub(super) struct PruneArgs {
+    /// Remove every image that no container uses
+    #[arg(short, long)]
+    pub(super) all: bool,
+    /// Don't ask
+    #[arg(short, long)]
+    pub(super) force: bool,
+}
+
+/// `casemate ps`
+#[derive(Debug, Args)]
+pub(super) struct PsArgs {
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+    /// Show those that ended too
+    #[arg(short, long)]
+    pub(super) all: bool,
+    /// Print ids only
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+    /// Don't shorten ids and commands
+    #[arg(long)]
+    pub(super) no_trunc: bool,
+}
+
+/// `casemate rm`
+#[derive(Debug, Args)]
+pub(super) struct RmArgs {
+    /// Remove running containers too
+    #[arg(short, long)]
+    pub(super) force: bool,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) containers: Vec<String>,
+}
+
+/// `casemate check`
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// Say nothing; the exit code tells
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_passes_everything_after_the_image_to_the_command() {
+        let cli = Cli::parse_from([
+            "casemate", "run", "--rm", "-it", "-e", "A=b", "--timing", "busybox", "sh", "-c",
+            "--rm -x",
+        ]);
+        let Command::Run(run) = cli.command else {
+            panic!("not run")
+        };
+        assert!(run.rm && run.interactive && run.tty);
+        assert_eq!(run.timing, Some(TimingFormat::Table));
+        assert_eq!(run.command, ["sh", "-c", "--rm -x"]);
+    }
+}

@@ -1,0 +1,168 @@
+//! `ps`, `rm`, `inspect`.
+
+use super::args::{InspectArgs, Kind, PsArgs, RmArgs};
+use super::{images, output};
+use crate::settings::Settings;
+use crate::state::{Container, DEFAULT_NAMESPACE, State, StateRoot, now_ns};
+use anyhow::bail;
+use serde_json::{Value, json};
+
+/// Opens the state and tidies up after the dead.
+pub(super) fn state(settings: &Settings) -> anyhow::Result<StateRoot> {
+    let root = StateRoot::open(&settings.state_dir, DEFAULT_NAMESPACE)?;
+    if root.fresh {
+        let dir = crate::scratch::dir_of(&settings.data_dir, &settings.state_dir);
+        crate::scratch::remove_orphans(&dir, |id| root.path_of(id).exists());
+    } else {
+        root.reclaim_dead()?;
+    }
+    Ok(root)
+}
+
+fn seconds(ns: u64) -> i64 {
+    (ns / 1_000_000_000) as i64
+}
+
+fn status_text(container: &Container) -> String {
+    let status = &container.status;
+    let now = seconds(now_ns());
+    let since = |ns| output::ago(seconds(ns), now);
+    match status.state {
+        State::Created => "Created".to_owned(),
+        State::Running => format!("Up {}", since(status.started).trim_end_matches(" ago")),
+        State::Exited => format!("Exited ({}) {}", status.exit_code, since(status.finished)),
+    }
+}
+
+fn row(container: &Container, no_trunc: bool) -> Value {
+    let meta = &container.meta;
+    let mut command = format!("{:?}", meta.command.join(" "));
+    let mut id = meta.id.clone();
+    if !no_trunc {
+        id.truncate(12);
+        if command.chars().count() > 20 {
+            command = command.chars().take(19).collect::<String>() + "…";
+        }
+    }
+    let labels: Vec<String> = meta
+        .labels
+        .iter()
+        .map(|(k, v)| format!("{k}={v}"))
+        .collect();
+    json!({
+        "ID": id,
+        "Image": meta.image,
+        "Command": command,
+        "CreatedSince": output::ago(seconds(meta.created), seconds(now_ns())),
+        "CreatedAt": output::format_time(meta.created),
+        "Status": status_text(container),
+        "State": container.status.state,
+        "Ports": "",
+        "Names": meta.name,
+        "Labels": labels.join(","),
+    })
+}
+
+/// `casemate ps`
+pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
+    let all = state(settings)?.containers()?;
+    let rows: Vec<Value> = all
+        .iter()
+        .filter(|c| args.all || c.status.state == State::Running)
+        .map(|c| row(c, args.no_trunc))
+        .collect();
+    if args.quiet {
+        return output::print(Some("{{.ID}}"), &[], &rows);
+    }
+    let columns = [
+        "ID",
+        "Image",
+        "Command",
+        "CreatedSince",
+        "Status",
+        "Ports",
+        "Names",
+    ];
+    output::print(args.format.format.as_deref(), &columns, &rows)
+}
+
+/// `casemate rm`
+pub(super) fn rm(settings: &Settings, args: &RmArgs) -> anyhow::Result<()> {
+    let root = state(settings)?;
+    for name in &args.containers {
+        let container = root.find(name)?;
+        root.remove(&container, args.force)?;
+        output::write(&format!("{name}\n"))?;
+    }
+    Ok(())
+}
+
+/// What `inspect` shows of a container, in Docker's shape.
+fn inspected(container: &Container) -> Value {
+    let (meta, status) = (&container.meta, &container.status);
+    let time = |ns| match ns {
+        0 => "0001-01-01T00:00:00Z".to_owned(),
+        ns => output::format_time(ns),
+    };
+    let (path, args) = match meta.command.split_first() {
+        Some((path, args)) => (path.clone(), args.to_vec()),
+        None => (String::new(), Vec::new()),
+    };
+    json!({
+        "Id": meta.id,
+        "Name": meta.name,
+        "Created": output::format_time(meta.created),
+        "Path": path,
+        "Args": args,
+        "Image": meta.image_id,
+        "State": {
+            "Status": status.state,
+            "Running": status.state == State::Running,
+            "Pid": status.pid,
+            "ExitCode": status.exit_code,
+            "Error": status.error,
+            "StartedAt": time(status.started),
+            "FinishedAt": time(status.finished),
+        },
+        "Config": {"Image": meta.image, "Labels": meta.labels, "Cmd": meta.command},
+        "HostConfig": {"AutoRemove": meta.auto_remove},
+    })
+}
+
+/// `casemate inspect`
+pub(super) fn inspect(settings: &Settings, args: &InspectArgs) -> anyhow::Result<()> {
+    let mut found = Vec::new();
+    let mut missing = None;
+    for name in &args.names {
+        match inspect_one(settings, name, args.kind)? {
+            Some(value) => found.push(value),
+            None => missing = missing.or(Some(name)),
+        }
+    }
+    match args.format.format.as_deref() {
+        None => output::write(&format!("{}\n", serde_json::to_string_pretty(&found)?))?,
+        Some(format) => output::print(Some(format), &[], &found)?,
+    }
+    match missing {
+        Some(name) => bail!("no such container or image: {name}"),
+        None => Ok(()),
+    }
+}
+
+fn inspect_one(
+    settings: &Settings,
+    name: &str,
+    kind: Option<Kind>,
+) -> anyhow::Result<Option<Value>> {
+    if kind != Some(Kind::Image)
+        && let Ok(container) = state(settings)?.find(name)
+    {
+        return Ok(Some(inspected(&container)));
+    }
+    if kind != Some(Kind::Container)
+        && let Some(image) = images::store(settings)?.find(name)?
+    {
+        return Ok(Some(images::inspected(&image)?));
+    }
+    Ok(None)
+}

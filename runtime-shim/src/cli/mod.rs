@@ -1,0 +1,126 @@
+//! The command line: a thin client of the image store and of the shim.
+
+mod args;
+mod caps;
+mod check;
+mod client;
+mod containers;
+mod docs;
+mod env;
+mod images;
+mod output;
+mod progress;
+mod run;
+mod spec;
+mod streams;
+mod template;
+mod terminal;
+mod timing;
+
+use crate::settings::Settings;
+use anyhow::Context;
+use args::{Cli, Command, FormatArgs};
+use clap::Parser;
+use serde_json::json;
+use std::process::ExitCode;
+
+/// Docker's exit code for a wrong use of `run`.
+const RUN_FAILED: u8 = 125;
+
+/// The program.
+pub fn main() -> ExitCode {
+    let begun = monotonic_ns();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match dispatch(cli.command, begun) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            eprintln!("casemate: {}", crate::rpc::chain(failure.error.as_ref()));
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// Help goes to standard output; a wrong `run` exits as Docker's does.
+fn usage(error: &clap::Error) -> ExitCode {
+    // A closed standard output is nothing to complain about.
+    let _ = error.print();
+    let is_run = std::env::args().nth(1).as_deref() == Some("run");
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if is_run => ExitCode::from(RUN_FAILED),
+        code => ExitCode::from(code as u8),
+    }
+}
+
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
+    // What needs neither configuration nor an event loop.
+    match &command {
+        Command::Version(args) => return done(version(args)),
+        Command::Completion { shell } => return done(docs::completion(*shell)),
+        Command::Man { dir } => return done(docs::man(dir)),
+        _ => {}
+    }
+    let settings = Settings::load().map_err(anyhow::Error::from);
+    let settings = match (settings, &command) {
+        (Ok(settings), _) => settings,
+        (Err(error), Command::Run(_)) => return Err(error.into()),
+        (Err(error), _) => return done(Err(error)),
+    };
+    match command {
+        Command::Run(args) => event_loop()?.block_on(run::run(&settings, &args, begun)),
+        Command::Pull(args) => done(blocking(images::pull(&settings, &args))),
+        Command::Load(args) => done(blocking(images::load(&settings, &args))),
+        Command::Images(args) => done(images::images(&settings, &args)),
+        Command::Rmi(args) => done(images::rmi(&settings, &args)),
+        Command::Save(args) => done(images::save(&settings, &args)),
+        Command::Tag(args) => done(images::tag(&settings, &args)),
+        Command::Prune(args) => done(images::prune(&settings, &args)),
+        Command::Inspect(args) => done(containers::inspect(&settings, &args)),
+        Command::Ps(args) => done(containers::ps(&settings, &args)),
+        Command::Rm(args) => done(containers::rm(&settings, &args)),
+        Command::Check(args) => match check::check(&settings, &args) {
+            Ok(well) => Ok(u8::from(!well)),
+            Err(error) => done(Err(error)),
+        },
+        Command::Version(_) | Command::Completion { .. } | Command::Man { .. } => Ok(0),
+    }
+}
+
+/// Everything but `run` fails with 1.
+fn done(result: anyhow::Result<()>) -> Result<u8, run::Failure> {
+    match result {
+        Ok(()) => Ok(0),
+        Err(error) => Err(run::Failure { error, code: 1 }),
+    }
+}
+
+fn event_loop() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("can't start the event loop")
+}
+
+fn blocking(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    event_loop()?.block_on(work)
+}
+
+fn version(args: &FormatArgs) -> anyhow::Result<()> {
+    let row = json!({
+        "Version": env!("CARGO_PKG_VERSION"),
+        "Os": std::env::consts::OS,
+        "Arch": std::env::consts::ARCH,
+    });
+    match args.format.as_deref() {
+        None => output::write(concat!("casemate ", env!("CARGO_PKG_VERSION"), "\n")),
+        format => output::print(format, &["Version", "Os", "Arch"], &[row]),
+    }
+}

@@ -1,0 +1,589 @@
+//! `casemate run`: a container in the foreground.
+
+use super::args::{PullWhen, RunArgs};
+use super::client::{Shim, ShimOptions};
+use super::streams::{self, Output, OutputEnd};
+use super::{containers, env, images, spec, terminal, timing};
+use crate::journal::Taken;
+use crate::plan::{self, Host};
+use crate::rpc;
+use crate::scratch;
+use crate::settings::Settings;
+use crate::size;
+use crate::state::{Meta, SandboxDir, now_ns};
+use anyhow::{Context, bail};
+use casemate_image::{Image, RootfsDisk};
+use containerd_shim_protos::api;
+use serde_json::Value;
+use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use ttrpc::proto::Code;
+
+/// Docker's: the engine itself failed.
+const FAILED: u8 = 125;
+/// Docker's: the command can't be invoked.
+const NOT_EXECUTABLE: u8 = 126;
+/// Docker's: the command isn't there.
+const NOT_FOUND: u8 = 127;
+/// 128 + SIGPIPE: nobody reads the output any more.
+const READER_GONE: u8 = 141;
+/// Interrupts after which a workload that doesn't listen is killed, as Docker counts.
+const PATIENCE: u32 = 3;
+
+/// A failed run: what to print and the exit code.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// For standard error.
+    pub(super) error: anyhow::Error,
+    /// For the shell.
+    pub(super) code: u8,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self {
+            error: error.into(),
+            code: FAILED,
+        }
+    }
+}
+
+/// What must be given back, whatever happens.
+#[derive(Default)]
+struct Held {
+    shim: Option<Shim>,
+    dir: Option<SandboxDir>,
+    raw: Option<terminal::Raw>,
+    /// The image's files stay while the container runs.
+    rootfs: Option<RootfsDisk>,
+}
+
+/// A container that runs.
+struct Running {
+    id: String,
+    outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>,
+    stdin_end: Option<tokio::sync::oneshot::Receiver<()>>,
+}
+
+/// Runs the container and gives its exit code.
+pub(super) async fn run(settings: &Settings, args: &RunArgs, begun: u64) -> Result<u8, Failure> {
+    let mut signals = Signals::new()?;
+    let mut held = Held::default();
+    let started = tokio::select! {
+        started = start(settings, args, begun, &mut held) => started,
+        number = signals.terminating() => {
+            give_back(held, true).await?;
+            return Ok(128 + number);
+        }
+    };
+    let running = match started {
+        Ok(running) => running,
+        Err(failure) => {
+            // The first error is the one to tell.
+            let _ = give_back(held, true).await;
+            return Err(failure);
+        }
+    };
+    let ended = attend(&held, running, signals).await;
+    // Before anything is printed.
+    held.raw = None;
+    let error = held.dir.as_ref().map(|d| d.status().error);
+    let given_back = give_back(held, args.rm).await;
+    if let Some(error) = error.filter(|e| !e.is_empty()) {
+        return Err(anyhow::anyhow!("the container's guest failed: {error}").into());
+    }
+    let code = ended?;
+    given_back?;
+    Ok(code)
+}
+
+/// Ends the sandbox and, if `remove`, leaves nothing behind.
+async fn give_back(held: Held, remove: bool) -> anyhow::Result<()> {
+    drop(held.raw);
+    if let Some(shim) = held.shim {
+        shim.end().await?;
+    }
+    match held.dir {
+        Some(dir) if remove => Ok(dir.remove()?),
+        _ => Ok(()),
+    }
+}
+
+/// Everything up to the workload's start.
+async fn start(
+    settings: &Settings,
+    args: &RunArgs,
+    begun: u64,
+    held: &mut Held,
+) -> Result<Running, Failure> {
+    check_names(args)?;
+    let on_terminal = std::io::stdin().is_terminal();
+    if args.tty && args.interactive && !on_terminal {
+        return Err(anyhow::anyhow!("the input device is not a terminal; leave out -t").into());
+    }
+    let resources = checked_resources(settings, args)?;
+    let storage = storage_size(settings, args)?;
+    let given_env = env::from_user(&args.env_file, &args.env, |name| std::env::var(name).ok())?;
+    let labels = labels(args)?;
+    let root = containers::state(settings)?;
+
+    let wanted = args.platform.as_deref();
+    let pull: PullWhen = args.pull;
+    let (store, image) = images::for_run(settings, &args.image, pull, wanted).await?;
+    let rootfs = store.rootfs(&image)?;
+
+    let id = new_id()?;
+    let bundle = root.path_of(&id);
+    let given = spec::Given {
+        id: &id,
+        bundle: &bundle,
+        env: given_env,
+        console: terminal::size(),
+    };
+    let spec = spec::build(args, &image.config, &resources, &given)?;
+    let hostname = spec::hostname(args, &given).to_owned();
+    let meta = meta(args, &image, &id, &spec, labels);
+
+    let dir = held.dir.insert(root.create(&meta)?);
+    write_bundle(dir.path(), &spec, &hostname)?;
+    let mounts = rootfs_mounts(settings, args, dir, &id, &rootfs, storage)?;
+    held.rootfs = Some(rootfs);
+    let fifos = make_fifos(dir.path(), args)?;
+    let console = kernel_log(args)?;
+    let options = ShimOptions {
+        discard: args.rm,
+        console: console.as_ref(),
+    };
+    let shim = held.shim.insert(Shim::start(settings, dir, &options)?);
+    drop(console);
+
+    let (request, running) = attach(&id, dir.path(), args, mounts, &fifos)?;
+    if args.tty && args.interactive {
+        held.raw = terminal::Raw::enter().context("can't put the terminal into raw mode")?;
+    }
+    shim.create(&request).await.map_err(not_started)?;
+    shim.start_task(&id).await.map_err(not_started)?;
+    if let Some(format) = args.timing {
+        let path = dir.path().join(crate::shim::timing::FILE_NAME);
+        let bytes = std::fs::read(&path).context("the shim told no times")?;
+        let timing = serde_json::from_slice(&bytes).context("the shim's times can't be read")?;
+        eprint!("{}", timing::render(format, begun, &timing));
+    }
+    Ok(running)
+}
+
+/// A name becomes part of paths.
+fn check_names(args: &RunArgs) -> anyhow::Result<()> {
+    let plain = |text: &str, more: &[u8]| {
+        text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || more.contains(&b))
+    };
+    if let Some(name) = &args.name
+        && !(plain(name, b"_.-") && (2..=128).contains(&name.len()))
+    {
+        bail!(
+            "--name: {name:?} is not a container name; it takes 2 to 128 of [a-zA-Z0-9_.-], a letter or digit first"
+        );
+    }
+    if let Some(name) = &args.hostname
+        && !(plain(name, b".-") && name.len() <= 63)
+    {
+        bail!("--hostname: {name:?} is not a host name of at most 63 characters");
+    }
+    Ok(())
+}
+
+/// The limits, checked against this host before anything is fetched.
+fn checked_resources(settings: &Settings, args: &RunArgs) -> anyhow::Result<Value> {
+    let resources = spec::resources(args.cpus.as_deref(), args.memory.as_deref())?;
+    let defaults = plan::Defaults {
+        memory: settings.memory,
+        cpus: settings.cpus,
+    };
+    plan::sizes(&spec::only_resources(&resources)?, Host::here(), defaults)?;
+    Ok(resources)
+}
+
+fn storage_size(settings: &Settings, args: &RunArgs) -> anyhow::Result<u64> {
+    let size = match &args.storage_size {
+        Some(text) => size::parse(text).context("--storage-size")?,
+        None => settings.storage_size,
+    };
+    scratch::checked_size(size).context("--storage-size")
+}
+
+fn labels(args: &RunArgs) -> anyhow::Result<Vec<(String, String)>> {
+    args.labels
+        .iter()
+        .map(|label| {
+            let (name, value) = label.split_once('=').unwrap_or((label, ""));
+            if name.is_empty() {
+                bail!("--label: {label:?} has no name");
+            }
+            Ok((name.to_owned(), value.to_owned()))
+        })
+        .collect()
+}
+
+fn new_id() -> anyhow::Result<String> {
+    let mut bytes = [0u8; 32];
+    let flags = rustix::rand::GetRandomFlags::empty();
+    rustix::rand::getrandom(&mut bytes, flags).context("no random numbers")?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+fn meta(
+    args: &RunArgs,
+    image: &Image,
+    id: &str,
+    spec: &Value,
+    labels: Vec<(String, String)>,
+) -> Meta {
+    let of_image = image.config.config().as_ref();
+    let image_labels = of_image.and_then(|c| c.labels().clone());
+    let command = spec["process"]["args"].as_array().cloned();
+    Meta {
+        id: id.to_owned(),
+        name: args.name.clone().unwrap_or_else(|| id[..12].to_owned()),
+        image: args.image.clone(),
+        image_id: image.id.to_string(),
+        command: command
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|a| a.as_str().map(str::to_owned))
+            .collect(),
+        created: now_ns(),
+        auto_remove: args.rm,
+        labels: image_labels
+            .unwrap_or_default()
+            .into_iter()
+            .chain(labels)
+            .collect(),
+    }
+}
+
+fn write_bundle(dir: &Path, spec: &Value, hostname: &str) -> anyhow::Result<()> {
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n"
+    );
+    let resolv = std::fs::read("/etc/resolv.conf").unwrap_or_default();
+    let config = serde_json::to_vec(spec)?;
+    let hostname = format!("{hostname}\n");
+    let files: [(&str, &[u8]); 4] = [
+        ("config.json", &config),
+        ("hosts", hosts.as_bytes()),
+        ("hostname", hostname.as_bytes()),
+        ("resolv.conf", &resolv),
+    ];
+    for (name, bytes) in files {
+        let path = dir.join(name);
+        std::fs::write(&path, bytes).with_context(|| format!("can't write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn mount(kind: &str, source: &str, options: Vec<String>) -> api::Mount {
+    api::Mount {
+        type_: kind.to_owned(),
+        source: source.to_owned(),
+        options,
+        ..Default::default()
+    }
+}
+
+/// The image's disk, something to write on, and the overlay of both.
+fn rootfs_mounts(
+    settings: &Settings,
+    args: &RunArgs,
+    dir: &SandboxDir,
+    id: &str,
+    rootfs: &RootfsDisk,
+    storage: u64,
+) -> anyhow::Result<Vec<api::Mount>> {
+    let path = |p: &Path| -> anyhow::Result<String> {
+        let text = p.to_str();
+        Ok(text
+            .with_context(|| format!("{} is not UTF-8", p.display()))?
+            .to_owned())
+    };
+    let mut options = vec!["ro".to_owned()];
+    for layer in &rootfs.layers {
+        options.push(format!("device={}", path(layer)?));
+    }
+    let lower = mount("erofs", &path(&rootfs.metadata)?, options);
+    let upper = if args.read_only {
+        // Mount points that the image lacks still have to be made somewhere.
+        mount("tmpfs", "tmpfs", vec!["mode=755".to_owned()])
+    } else {
+        let scratch_dir = scratch::dir_of(&settings.data_dir, &settings.state_dir);
+        let file = scratch_dir.join(format!("{id}.img"));
+        dir.journal()
+            .record(&Taken::File { path: file.clone() })
+            .context("can't write the sandbox's journal")?;
+        scratch::create(&settings.data_dir, storage, &file)?;
+        mount("ext4", &path(&file)?, vec!["rw".to_owned()])
+    };
+    let overlay = [
+        "lowerdir={{ mount 0 }}",
+        "upperdir={{ mount 1 }}/upper",
+        "workdir={{ mount 1 }}/work",
+    ];
+    let overlay = mount("overlay", "overlay", overlay.map(str::to_owned).to_vec());
+    Ok(vec![lower, upper, overlay])
+}
+
+/// FIFOs for the streams that the container gets.
+struct Fifos {
+    stdin: Option<String>,
+    stdout: String,
+    stderr: Option<String>,
+}
+
+fn make_fifos(dir: &Path, args: &RunArgs) -> anyhow::Result<Fifos> {
+    let make = |name: &str| -> anyhow::Result<String> {
+        let path = streams::make_fifo(dir, name)?;
+        Ok(path.to_str().context("the path is not UTF-8")?.to_owned())
+    };
+    Ok(Fifos {
+        stdin: args.interactive.then(|| make("stdin")).transpose()?,
+        stdout: make("stdout")?,
+        stderr: (!args.tty).then(|| make("stderr")).transpose()?,
+    })
+}
+
+/// Where the guest's kernel log goes, if it is wanted.
+fn kernel_log(args: &RunArgs) -> anyhow::Result<Option<OwnedFd>> {
+    let Some(path) = &args.kernel_log else {
+        return Ok(None);
+    };
+    if path.as_os_str() == "-" {
+        return Ok(Some(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 3)?));
+    }
+    let file = std::fs::File::create(path)
+        .with_context(|| format!("--kernel-log: can't write {}", path.display()))?;
+    Ok(Some(file.into()))
+}
+
+/// Opens our ends of the FIFOs and makes the call that names them.
+fn attach(
+    id: &str,
+    bundle: &Path,
+    args: &RunArgs,
+    rootfs: Vec<api::Mount>,
+    fifos: &Fifos,
+) -> anyhow::Result<(api::CreateTaskRequest, Running)> {
+    let mut outputs = Vec::new();
+    let wanted = [
+        (Some(&fifos.stdout), Output::Stdout),
+        (fifos.stderr.as_ref(), Output::Stderr),
+    ];
+    for (path, output) in wanted {
+        if let Some(path) = path {
+            let fifo = streams::open_output(Path::new(path))?;
+            outputs.push(tokio::spawn(streams::copy_output(fifo, output)));
+        }
+    }
+    let stdin_end = match &fifos.stdin {
+        Some(path) => Some(streams::copy_input(Path::new(path))?),
+        None => None,
+    };
+    let request = api::CreateTaskRequest {
+        id: id.to_owned(),
+        bundle: bundle.display().to_string(),
+        rootfs,
+        terminal: args.tty,
+        stdin: fifos.stdin.clone().unwrap_or_default(),
+        stdout: fifos.stdout.clone(),
+        stderr: fifos.stderr.clone().unwrap_or_default(),
+        ..Default::default()
+    };
+    let running = Running {
+        id: id.to_owned(),
+        outputs,
+        stdin_end,
+    };
+    Ok((request, running))
+}
+
+/// Docker's exit codes for a container that didn't start.
+fn not_started(error: ttrpc::Error) -> Failure {
+    let (code, message) = rpc::parts(&error);
+    Failure {
+        error: anyhow::anyhow!(message),
+        code: match code {
+            Code::NOT_FOUND => NOT_FOUND,
+            Code::PERMISSION_DENIED => NOT_EXECUTABLE,
+            _ => FAILED,
+        },
+    }
+}
+
+/// The signals that we act upon.
+struct Signals {
+    all: Vec<(u8, Signal)>,
+}
+
+/// The terminal's window changed its size.
+const WINDOW_CHANGE: u8 = 28;
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let kinds = [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::quit(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+            SignalKind::window_change(),
+        ];
+        let all = kinds
+            .into_iter()
+            .map(|kind| Ok((kind.as_raw_value() as u8, signal(kind)?)))
+            .collect::<std::io::Result<_>>()
+            .context("can't listen for signals")?;
+        Ok(Self { all })
+    }
+
+    /// The next signal's number.
+    async fn next(&mut self) -> u8 {
+        std::future::poll_fn(|cx| {
+            for (number, signal) in &mut self.all {
+                if signal.poll_recv(cx).is_ready() {
+                    return std::task::Poll::Ready(*number);
+                }
+            }
+            std::task::Poll::Pending
+        })
+        .await
+    }
+
+    /// The next one that ends a program which does nothing about it.
+    async fn terminating(&mut self) -> u8 {
+        loop {
+            let number = self.next().await;
+            if number != WINDOW_CHANGE {
+                return number;
+            }
+        }
+    }
+}
+
+/// Stays with a running container until its end; gives its exit code.
+async fn attend(held: &Held, mut running: Running, mut signals: Signals) -> anyhow::Result<u8> {
+    let shim = held.shim.as_ref().context("there is no shim")?;
+    let id = running.id.as_str();
+    let mut interrupts = 0;
+    let mut status = None;
+    let wait = shim.wait(id);
+    tokio::pin!(wait);
+    let outputs = drain(std::mem::take(&mut running.outputs));
+    tokio::pin!(outputs);
+    let mut drained = false;
+    while status.is_none() || !drained {
+        tokio::select! {
+            exit = &mut wait, if status.is_none() => match exit {
+                Ok(code) => status = Some(u8::try_from(code).unwrap_or(u8::MAX)),
+                Err(error) => bail!("the shim is gone: {}", rpc::parts(&error).1),
+            },
+            end = &mut outputs, if !drained => {
+                drained = true;
+                if end? == OutputEnd::ReaderGone {
+                    // Without a reader the workload would work for nobody.
+                    let _ = shim.kill(id, 9).await;
+                    return Ok(READER_GONE);
+                }
+            }
+            number = signals.next() => {
+                if number == WINDOW_CHANGE {
+                    if let Some((rows, columns)) = terminal::size() {
+                        let _ = shim.resize(id, rows, columns).await;
+                    }
+                    continue;
+                }
+                interrupts += u32::from(number == 2 || number == 15);
+                if interrupts >= PATIENCE {
+                    let _ = shim.kill(id, 9).await;
+                    if status.is_some() {
+                        break;
+                    }
+                } else {
+                    // A workload that ended meanwhile needs no signal.
+                    let _ = shim.kill(id, number.into()).await;
+                }
+            }
+            () = stdin_ended(&mut running.stdin_end) => {
+                let _ = shim.close_stdin(id).await;
+            }
+        }
+    }
+    Ok(status.unwrap_or(FAILED))
+}
+
+/// Waits for all outputs; the first whose reader left ends the waiting.
+async fn drain(outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>) -> anyhow::Result<OutputEnd> {
+    for output in outputs {
+        if output.await.context("an output's task failed")?? == OutputEnd::ReaderGone {
+            return Ok(OutputEnd::ReaderGone);
+        }
+    }
+    Ok(OutputEnd::Complete)
+}
+
+/// Returns once when our standard input ended; never without one.
+async fn stdin_ended(end: &mut Option<tokio::sync::oneshot::Receiver<()>>) {
+    match end {
+        Some(receiver) => {
+            let _ = receiver.await;
+            *end = None;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::args::{Cli, Command};
+    use super::*;
+    use clap::Parser;
+
+    fn args(line: &str) -> RunArgs {
+        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
+        match Cli::parse_from(words).command {
+            Command::Run(run) => *run,
+            _ => panic!("not run"),
+        }
+    }
+
+    #[test]
+    fn check_names_of_bad_names_is_refused() {
+        for name in ["a", "../x", ".hidden", "a/b", "-x"] {
+            assert!(
+                check_names(&args(&format!("--name={name} i"))).is_err(),
+                "{name}"
+            );
+        }
+        check_names(&args("--name web-1.a_b i")).unwrap();
+        assert!(check_names(&args("--hostname a/b i")).is_err());
+    }
+
+    #[test]
+    fn not_started_gives_dockers_codes() {
+        let code = |c| not_started(rpc::status(c, "x")).code;
+        assert_eq!(code(Code::NOT_FOUND), 127);
+        assert_eq!(code(Code::PERMISSION_DENIED), 126);
+        assert_eq!(code(Code::INTERNAL), 125);
+    }
+
+    #[test]
+    fn new_id_is_64_hex_digits() {
+        let id = new_id().unwrap();
+        assert_eq!(id.len(), 64);
+        assert!(id.bytes().all(|b| b.is_ascii_hexdigit()));
+    }
+}

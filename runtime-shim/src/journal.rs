@@ -1,0 +1,211 @@
+//! What a sandbox has taken from the host, so that anyone can give it back.
+//!
+//! A line of JSON for each thing, appended before a file is made and right
+//! after a process is (a process that is never written down ends by itself when
+//! its parent's sockets close). Appends of one line are atomic; a torn last
+//! line, from a death while writing, is ignored.
+
+use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Name of the file in the sandbox's directory.
+pub const FILE_NAME: &str = "journal";
+/// More is no journal of ours: a sandbox takes a few dozen things.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// One thing taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "took", rename_all = "kebab-case")]
+pub enum Taken {
+    /// A process; the start time tells it from a later one with its number.
+    Process {
+        /// What it is for, for a person.
+        role: String,
+        /// Its number.
+        pid: i32,
+        /// Field 22 of `/proc/PID/stat`, in clock ticks since boot.
+        start: u64,
+        /// The boot that `start` counts from.
+        boot: String,
+    },
+    /// A file outside the sandbox's directory that goes with the container.
+    File {
+        /// Absolute path.
+        path: PathBuf,
+    },
+}
+
+/// The journal of one sandbox.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    path: PathBuf,
+}
+
+impl Journal {
+    /// The journal in a sandbox's directory.
+    pub fn in_dir(dir: &Path) -> Self {
+        Self {
+            path: dir.join(FILE_NAME),
+        }
+    }
+
+    /// Writes down one thing.
+    pub fn record(&self, taken: &Taken) -> io::Result<()> {
+        let mut line = serde_json::to_vec(taken)?;
+        line.push(b'\n');
+        let mut file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&self.path)?;
+        file.write_all(&line)
+    }
+
+    /// Writes down a process that just started.
+    pub fn record_process(&self, role: &str, pid: i32) -> io::Result<()> {
+        let start = start_time(pid)
+            .ok_or_else(|| io::Error::other(format!("process {pid} ({role}) is gone")))?;
+        self.record(&Taken::Process {
+            role: role.to_owned(),
+            pid,
+            start,
+            boot: boot_id(),
+        })
+    }
+
+    /// Everything taken, in order; an absent journal is an empty one.
+    pub fn read(&self) -> io::Result<Vec<Taken>> {
+        use io::Read;
+        let mut text = String::new();
+        match std::fs::File::open(&self.path) {
+            Ok(file) => file.take(MAX_BYTES).read_to_string(&mut text)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        };
+        Ok(text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect())
+    }
+}
+
+/// Kills what is still alive of `taken`, and nothing else.
+pub fn kill_processes(taken: &[Taken]) {
+    let this_boot = boot_id();
+    for item in taken {
+        let Taken::Process {
+            pid, start, boot, ..
+        } = item
+        else {
+            continue;
+        };
+        let Some(raw) = Pid::from_raw(*pid) else {
+            continue;
+        };
+        // Open first, compare then: the number can't be given to another process in between.
+        let Ok(pidfd) = rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::empty())
+        else {
+            continue;
+        };
+        if *boot == this_boot && start_time(*pid) == Some(*start) {
+            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+        }
+    }
+}
+
+/// Deletes the files of `taken`; those already gone are fine.
+pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
+    for item in taken {
+        if let Taken::File { path } = item {
+            match std::fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// When a process started, in ticks since boot; `None` when there is no such process.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name, in parentheses, may itself hold spaces and parentheses.
+    let after_name = &stat[stat.rfind(')')? + 1..];
+    after_name.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|s| s.trim().to_owned())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn read_with_torn_last_line_keeps_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::in_dir(dir.path());
+        let file = Taken::File {
+            path: "/x/y".into(),
+        };
+        journal.record(&file).unwrap();
+        let mut raw = OpenOptions::new().append(true).open(&journal.path).unwrap();
+        raw.write_all(b"{\"took\":\"file\",\"pa").unwrap();
+        assert_eq!(journal.read().unwrap(), [file]);
+    }
+
+    #[test]
+    fn read_without_file_is_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Journal::in_dir(dir.path()).read().unwrap(), []);
+    }
+
+    #[test]
+    fn kill_processes_with_other_start_time_spares_the_process() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let start = start_time(pid).unwrap();
+        let taken = |start| {
+            [Taken::Process {
+                role: "test".into(),
+                pid,
+                start,
+                boot: boot_id(),
+            }]
+        };
+        kill_processes(&taken(start + 1));
+        assert!(child.try_wait().unwrap().is_none());
+        kill_processes(&taken(start));
+        assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn delete_files_twice_is_fine() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scratch");
+        std::fs::write(&path, "x").unwrap();
+        let taken = [Taken::File { path: path.clone() }];
+        delete_files(&taken).unwrap();
+        delete_files(&taken).unwrap();
+        assert!(!path.exists());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn read_of_anything_never_panics(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join(FILE_NAME), bytes).unwrap();
+            let _ = Journal::in_dir(dir.path()).read();
+        }
+    }
+}

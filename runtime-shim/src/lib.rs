@@ -1,0 +1,19 @@
+//! casemate: containers in microVMs of their own.
+//!
+//! Two programs share this library: the command line (`casemate`, module
+//! [`cli`]) and the process that looks after one sandbox
+//! (`containerd-shim-casemate-v2`, module [`shim`]). The command line is a thin
+//! client: it builds an OCI spec and calls the shim's Task service.
+
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod fds;
+pub mod journal;
+pub mod paths;
+pub mod plan;
+pub mod rpc;
+pub mod scratch;
+pub mod settings;
+pub mod shim;
+pub mod size;
+pub mod state;

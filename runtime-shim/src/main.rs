@@ -1,3 +1,0 @@
-//! Placeholder of the skeleton.
-
-fn main() {}

@@ -1,0 +1,659 @@
+//! From an OCI spec and the rootfs mounts to what the VMM and the agent are told.
+//!
+//! [`plan`] is a pure function: it opens nothing and asks the host nothing.
+//! It is the only place that decides sizes, disks and mount points.
+
+use crate::size::MIB;
+use casemate_protocol::GUEST_RUN_DIR;
+use casemate_protocol::agent::Mount as AgentMount;
+use oci_spec::runtime::Spec;
+use std::path::{Component, Path, PathBuf};
+
+/// Holds the user as an image's config names it: "name|uid[:group|gid]".
+pub const USER_ANNOTATION: &str = "io.casemate.user";
+/// What the guest's kernel and agent take before the container gets anything: added to `--memory`.
+const GUEST_BASE_MIB: u64 = 40;
+/// The kernel keeps 64 bytes for each page of 4 KiB.
+const PAGE_TABLE_SHARE: u64 = 64;
+/// Docker's own minimum; a shell needs about half of it.
+pub const MIN_MEMORY: u64 = 6 * MIB;
+/// The VMM's bound on possible vCPUs.
+pub const MAX_VCPUS: u32 = 32;
+/// Mounts in a rootfs: more is no snapshotter's doing.
+const MAX_MOUNTS: usize = 16;
+/// Files laid end to end on one disk: layers of an image and their metadata.
+const MAX_SEGMENTS: usize = 512;
+
+/// One mount of a rootfs as containerd's snapshotters and our image store describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootfsMount {
+    /// "erofs", "ext4", "tmpfs" or "overlay".
+    pub kind: String,
+    /// A file of the host for a disk.
+    pub source: String,
+    /// As in mount(8), plus `device=` for further EROFS blobs.
+    pub options: Vec<String>,
+}
+
+/// What the host has to give.
+#[derive(Debug, Clone, Copy)]
+pub struct Host {
+    /// CPUs that this process may use.
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+}
+
+impl Host {
+    /// The host this runs on.
+    pub fn here() -> Self {
+        let info = rustix::system::sysinfo();
+        let cpus = rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count());
+        Self {
+            cpus: cpus.max(1),
+            memory: info.totalram as u64 * u64::from(info.mem_unit.max(1)),
+        }
+    }
+}
+
+/// What a spec without limits gets.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// vCPUs.
+    pub cpus: u32,
+}
+
+/// One virtual disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// The serial that the guest sees.
+    pub id: String,
+    /// Files of the host, laid end to end.
+    pub files: Vec<PathBuf>,
+    /// Whether the guest may write.
+    pub read_only: bool,
+}
+
+/// A small file of the host whose content the guest gets in place of a bind mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopiedFile {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the guest.
+    pub target: String,
+}
+
+/// Everything decided about a sandbox and its first container.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// The guest's memory.
+    pub memory_mib: u32,
+    /// The guest's vCPUs.
+    pub vcpus: u8,
+    /// `/dev/vda` onwards.
+    pub disks: Vec<Disk>,
+    /// What the agent mounts, in order.
+    pub mounts: Vec<AgentMount>,
+    /// The container's root in the guest.
+    pub rootfs: String,
+    /// The spec as the guest shall apply it.
+    pub guest_spec: Spec,
+    /// What `guest_spec` expects to find in the guest.
+    pub files: Vec<CopiedFile>,
+    /// The user as an image's config names it, to be looked up in the container; empty: as in the spec.
+    pub user: String,
+}
+
+/// Why a spec can't be run.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The memory limit is too small.
+    #[error("a memory limit of {limit} bytes is below the minimum of {} MiB", MIN_MEMORY / MIB)]
+    MemoryTooSmall {
+        /// What was asked for.
+        limit: i64,
+    },
+    /// The host has less memory.
+    #[error(
+        "a memory limit of {limit} bytes needs a guest of {guest_mib} MiB, and the host has {host_mib} MiB"
+    )]
+    MemoryTooLarge {
+        /// What was asked for.
+        limit: u64,
+        /// With the guest's own share.
+        guest_mib: u64,
+        /// What there is.
+        host_mib: u64,
+    },
+    /// More CPUs than there are.
+    #[error(
+        "range of CPUs is from 0.01 to {have}.00, as there are only {have} CPUs available; {asked} were asked for"
+    )]
+    TooManyCpus {
+        /// Rounded up.
+        asked: u64,
+        /// What there is.
+        have: u32,
+    },
+    /// The CPU limit makes no sense.
+    #[error("a CPU quota of {quota} µs in periods of {period} µs is not valid")]
+    CpuQuota {
+        /// From the spec.
+        quota: i64,
+        /// From the spec.
+        period: u64,
+    },
+    /// A rootfs mount of a kind that isn't supported.
+    #[error(
+        "rootfs mount {index} has the type {kind:?}; a sandbox takes erofs, ext4, tmpfs and overlay"
+    )]
+    MountKind {
+        /// Which.
+        index: usize,
+        /// Its type.
+        kind: String,
+    },
+    /// A rootfs mount that refers to nothing.
+    #[error("rootfs mount {index}: option {option:?} refers to a mount that is not before it")]
+    MountReference {
+        /// Which.
+        index: usize,
+        /// The option.
+        option: String,
+    },
+    /// No rootfs, or an unreasonable one.
+    #[error("a rootfs of {0} mounts is not valid")]
+    MountCount(usize),
+    /// Too many files on one disk.
+    #[error("rootfs mount {index} names {count} files; at most {MAX_SEGMENTS} fit on a disk")]
+    Segments {
+        /// Which.
+        index: usize,
+        /// How many.
+        count: usize,
+    },
+    /// A bind mount of something that isn't in the bundle.
+    #[error("mount {destination:?}: binding {source_path:?} of the host is not supported yet")]
+    Bind {
+        /// In the container.
+        destination: PathBuf,
+        /// On the host.
+        source_path: PathBuf,
+    },
+    /// A source that is no absolute path.
+    #[error("rootfs mount {index}: {source_path:?} is not an absolute path")]
+    Source {
+        /// Which.
+        index: usize,
+        /// The path.
+        source_path: String,
+    },
+}
+
+/// Decides everything about the sandbox of container `id`.
+///
+/// `bundle` is the directory of the spec: only files in it may be bound into the container.
+pub fn plan(
+    id: &str,
+    bundle: &Path,
+    spec: &Spec,
+    rootfs: &[RootfsMount],
+    host: Host,
+    defaults: Defaults,
+) -> Result<Plan, PlanError> {
+    let (disks, mounts) = storage(id, rootfs)?;
+    let (guest_spec, files) = guest_spec(id, bundle, spec)?;
+    let root = mounts
+        .last()
+        .map(|m| m.target.clone())
+        .ok_or(PlanError::MountCount(0))?;
+    let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
+    Ok(Plan {
+        memory_mib,
+        vcpus,
+        disks,
+        mounts,
+        rootfs: root,
+        guest_spec,
+        files,
+        user: annotation(spec, USER_ANNOTATION)
+            .unwrap_or_default()
+            .to_owned(),
+    })
+}
+
+/// The guest's memory in MiB and its vCPUs.
+pub fn sizes(spec: &Spec, host: Host, defaults: Defaults) -> Result<(u32, u8), PlanError> {
+    Ok((
+        memory_mib(spec, host, defaults)?,
+        vcpus(spec, host, defaults)?,
+    ))
+}
+
+/// An annotation's value.
+pub fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+/// The spec without what only the host could apply, and the files that stand for its bind mounts.
+fn guest_spec(id: &str, bundle: &Path, spec: &Spec) -> Result<(Spec, Vec<CopiedFile>), PlanError> {
+    let mut guest = spec.clone();
+    let mut files = Vec::new();
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        let options = mount.options().as_deref().unwrap_or_default();
+        let binds = mount.typ().as_deref() == Some("bind")
+            || options.iter().any(|o| o == "bind" || o == "rbind");
+        if !binds {
+            continue;
+        }
+        let source = mount.source().clone().unwrap_or_default();
+        let in_bundle = source
+            .strip_prefix(bundle)
+            .is_ok_and(|rest| rest.components().all(|c| matches!(c, Component::Normal(_))));
+        if !in_bundle {
+            return Err(PlanError::Bind {
+                destination: mount.destination().clone(),
+                source_path: source,
+            });
+        }
+        let target = format!("{GUEST_RUN_DIR}/{id}/file{index}");
+        mount.set_source(Some(target.clone().into()));
+        files.push(CopiedFile { source, target });
+    }
+    guest.set_mounts(Some(mounts));
+    Ok((guest, files))
+}
+
+/// Guest memory for a container that may use `limit` bytes.
+pub fn guest_mib(limit: u64) -> u64 {
+    let mib = limit.div_ceil(MIB);
+    mib + GUEST_BASE_MIB + mib / PAGE_TABLE_SHARE
+}
+
+fn memory_mib(spec: &Spec, host: Host, defaults: Defaults) -> Result<u32, PlanError> {
+    let limit = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.resources().as_ref())
+        .and_then(|r| r.memory().as_ref())
+        .and_then(|m| m.limit())
+        // The spec's way to say "no limit".
+        .filter(|limit| *limit != -1);
+    let host_mib = host.memory / MIB;
+    let Some(limit) = limit else {
+        // A small host gets a small default rather than an error.
+        return Ok((defaults.memory / MIB).min(host_mib).max(64) as u32);
+    };
+    if limit < MIN_MEMORY as i64 {
+        return Err(PlanError::MemoryTooSmall { limit });
+    }
+    let guest = guest_mib(limit as u64);
+    if guest > host_mib || guest > u64::from(u32::MAX) {
+        return Err(PlanError::MemoryTooLarge {
+            limit: limit as u64,
+            guest_mib: guest,
+            host_mib,
+        });
+    }
+    Ok(guest as u32)
+}
+
+fn vcpus(spec: &Spec, host: Host, defaults: Defaults) -> Result<u8, PlanError> {
+    let cpu = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.resources().as_ref())
+        .and_then(|r| r.cpu().as_ref());
+    let quota = cpu.and_then(|c| c.quota()).filter(|q| *q != -1);
+    let Some(quota) = quota else {
+        return Ok(defaults.cpus.clamp(1, host.cpus.clamp(1, MAX_VCPUS)) as u8);
+    };
+    let period = cpu.and_then(|c| c.period()).unwrap_or(100_000);
+    if quota <= 0 || period == 0 {
+        return Err(PlanError::CpuQuota { quota, period });
+    }
+    let asked = (quota as u64).div_ceil(period);
+    let have = host.cpus.min(MAX_VCPUS);
+    if asked > u64::from(have) {
+        return Err(PlanError::TooManyCpus { asked, have });
+    }
+    Ok(asked as u8)
+}
+
+/// Turns rootfs mounts into disks and the mounts that the agent does on them.
+fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<(Vec<Disk>, Vec<AgentMount>), PlanError> {
+    if rootfs.is_empty() || rootfs.len() > MAX_MOUNTS {
+        return Err(PlanError::MountCount(rootfs.len()));
+    }
+    let mut disks: Vec<Disk> = Vec::new();
+    let mut mounts: Vec<AgentMount> = Vec::new();
+    for (index, mount) in rootfs.iter().enumerate() {
+        let last = index + 1 == rootfs.len();
+        let target = match last {
+            true => format!("{GUEST_RUN_DIR}/{id}/rootfs"),
+            false => format!("{GUEST_RUN_DIR}/{id}/m{index}"),
+        };
+        let (source, options) = match mount.kind.as_str() {
+            "erofs" | "ext4" => {
+                let disk = disk(index, mount, disks.len())?;
+                let options = disk_options(mount, disk.read_only);
+                let source = format!("/dev/vd{}", (b'a' + disks.len() as u8) as char);
+                disks.push(disk);
+                (source, options)
+            }
+            "tmpfs" => ("none".to_owned(), mount.options.clone()),
+            "overlay" | "format/overlay" | "format/mkdir/overlay" => {
+                ("none".to_owned(), overlay_options(index, mount, &mounts)?)
+            }
+            kind => {
+                return Err(PlanError::MountKind {
+                    index,
+                    kind: kind.to_owned(),
+                });
+            }
+        };
+        let kind = mount.kind.rsplit('/').next().unwrap_or(&mount.kind);
+        mounts.push(AgentMount {
+            type_: kind.to_owned(),
+            source,
+            target,
+            options,
+            ..Default::default()
+        });
+    }
+    Ok((disks, mounts))
+}
+
+fn disk(index: usize, mount: &RootfsMount, position: usize) -> Result<Disk, PlanError> {
+    let further = mount
+        .options
+        .iter()
+        .filter_map(|o| o.strip_prefix("device="));
+    let files: Vec<PathBuf> = std::iter::once(mount.source.as_str())
+        .chain(further)
+        .map(PathBuf::from)
+        .collect();
+    if let Some(relative) = files.iter().find(|f| !f.is_absolute()) {
+        return Err(PlanError::Source {
+            index,
+            source_path: relative.display().to_string(),
+        });
+    }
+    if files.len() > MAX_SEGMENTS {
+        return Err(PlanError::Segments {
+            index,
+            count: files.len(),
+        });
+    }
+    let asks_read_only = mount.options.iter().any(|o| o == "ro");
+    Ok(Disk {
+        id: format!("{}{position}", mount.kind),
+        files,
+        read_only: mount.kind == "erofs" || asks_read_only,
+    })
+}
+
+/// What is left for the guest's mount call.
+fn disk_options(mount: &RootfsMount, read_only: bool) -> Vec<String> {
+    let mut options: Vec<String> = mount
+        .options
+        .iter()
+        .filter(|o| !o.starts_with("device=") && !matches!(o.as_str(), "loop" | "ro" | "rw"))
+        .cloned()
+        .collect();
+    options.insert(0, if read_only { "ro" } else { "rw" }.to_owned());
+    if mount.kind == "ext4" && !read_only {
+        // The tables are lazily initialised; filling them in would be work for nothing.
+        options.push("noinit_itable".to_owned());
+    }
+    options
+}
+
+/// Replaces `{{ mount N }}` by where mount N is.
+fn overlay_options(
+    index: usize,
+    mount: &RootfsMount,
+    before: &[AgentMount],
+) -> Result<Vec<String>, PlanError> {
+    let fill_in = |option: &String| -> Result<String, PlanError> {
+        let bad = || PlanError::MountReference {
+            index,
+            option: option.clone(),
+        };
+        let mut out = String::new();
+        let mut rest = option.as_str();
+        while let Some(start) = rest.find("{{") {
+            let end = rest[start..].find("}}").ok_or_else(bad)? + start;
+            let number = rest[start + 2..end]
+                .trim()
+                .strip_prefix("mount ")
+                .and_then(|n| n.trim().parse::<usize>().ok())
+                .ok_or_else(bad)?;
+            let target = &before.get(number).ok_or_else(bad)?.target;
+            out.push_str(&rest[..start]);
+            out.push_str(target);
+            rest = &rest[end + 2..];
+        }
+        out.push_str(rest);
+        Ok(out)
+    };
+    mount
+        .options
+        .iter()
+        // An instruction to containerd's own mount manager; the agent makes the directories.
+        .filter(|o| !o.starts_with("X-containerd."))
+        .map(fill_in)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Host = Host {
+        cpus: 4,
+        memory: 8 << 30,
+    };
+    const DEFAULTS: Defaults = Defaults {
+        memory: 512 << 20,
+        cpus: 1,
+    };
+
+    fn mount(kind: &str, source: &str, options: &[&str]) -> RootfsMount {
+        RootfsMount {
+            kind: kind.into(),
+            source: source.into(),
+            options: options.iter().map(|o| o.to_string()).collect(),
+        }
+    }
+
+    fn three_mounts() -> Vec<RootfsMount> {
+        vec![
+            mount("erofs", "/b/meta", &["ro", "device=/b/l1", "device=/b/l2"]),
+            mount("ext4", "/s/scratch", &["rw"]),
+            mount(
+                "overlay",
+                "",
+                &[
+                    "lowerdir={{ mount 0 }}",
+                    "upperdir={{ mount 1 }}/upper",
+                    "workdir={{ mount 1 }}/work",
+                ],
+            ),
+        ]
+    }
+
+    fn spec(resources: &str) -> Spec {
+        let json = format!(
+            r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"linux":{{"resources":{resources}}}}}"#
+        );
+        serde_json::from_str(&json).unwrap()
+    }
+
+    fn planned(resources: &str) -> Result<Plan, PlanError> {
+        plan(
+            "c1",
+            Path::new("/bundle"),
+            &spec(resources),
+            &three_mounts(),
+            HOST,
+            DEFAULTS,
+        )
+    }
+
+    #[test]
+    fn plan_of_an_image_lays_its_blobs_on_one_disk() {
+        let plan = planned("{}").unwrap();
+        assert_eq!(
+            plan.disks[0].files,
+            ["/b/meta", "/b/l1", "/b/l2"].map(PathBuf::from)
+        );
+        assert!(plan.disks[0].read_only && !plan.disks[1].read_only);
+        let mounts: Vec<_> = plan
+            .mounts
+            .iter()
+            .map(|m| {
+                (
+                    m.type_.as_str(),
+                    m.source.as_str(),
+                    m.target.as_str(),
+                    m.options.join(","),
+                )
+            })
+            .collect();
+        let dir = "/run/casemate/c1";
+        assert_eq!(
+            mounts,
+            [
+                ("erofs", "/dev/vda", &*format!("{dir}/m0"), "ro".to_owned()),
+                (
+                    "ext4",
+                    "/dev/vdb",
+                    &*format!("{dir}/m1"),
+                    "rw,noinit_itable".to_owned()
+                ),
+                (
+                    "overlay",
+                    "none",
+                    &*format!("{dir}/rootfs"),
+                    format!("lowerdir={dir}/m0,upperdir={dir}/m1/upper,workdir={dir}/m1/work")
+                ),
+            ]
+        );
+        assert_eq!(plan.rootfs, format!("{dir}/rootfs"));
+    }
+
+    #[test]
+    fn plan_without_limits_takes_the_defaults() {
+        let plan = planned("{}").unwrap();
+        assert_eq!((plan.memory_mib, plan.vcpus), (512, 1));
+    }
+
+    #[test]
+    fn plan_with_memory_limit_adds_the_guests_own_share() {
+        let plan = planned(r#"{"memory":{"limit":134217728}}"#).unwrap();
+        assert_eq!(plan.memory_mib, 128 + 40 + 2);
+    }
+
+    #[test]
+    fn plan_with_fractional_cpus_rounds_up() {
+        let plan = planned(r#"{"cpu":{"quota":150000,"period":100000}}"#).unwrap();
+        assert_eq!(plan.vcpus, 2);
+    }
+
+    #[test]
+    fn plan_with_impossible_limits_names_them() {
+        for (resources, part) in [
+            (r#"{"memory":{"limit":1048576}}"#, "1048576"),
+            (r#"{"memory":{"limit":-5}}"#, "-5"),
+            (r#"{"memory":{"limit":9223372036854775807}}"#, "8192 MiB"),
+            (r#"{"cpu":{"quota":500000,"period":100000}}"#, "only 4 CPUs"),
+            (r#"{"cpu":{"quota":0,"period":100000}}"#, "quota of 0"),
+            (r#"{"cpu":{"quota":1,"period":0}}"#, "periods of 0"),
+        ] {
+            let text = planned(resources).unwrap_err().to_string();
+            assert!(text.contains(part), "{resources}: {text}");
+        }
+    }
+
+    fn plan_of_json(json: &str) -> Result<Plan, PlanError> {
+        let spec = serde_json::from_str(json).unwrap();
+        plan(
+            "c1",
+            Path::new("/bundle"),
+            &spec,
+            &three_mounts(),
+            HOST,
+            DEFAULTS,
+        )
+    }
+
+    #[test]
+    fn plan_with_bind_of_a_bundle_file_copies_it() {
+        let plan = plan_of_json(
+            r#"{"ociVersion":"1.2.0","mounts":[{"destination":"/etc/hosts","type":"bind","source":"/bundle/hosts","options":["rbind","ro"]}],"annotations":{"io.casemate.user":"www-data"}}"#,
+        )
+        .unwrap();
+        let target = "/run/casemate/c1/file0";
+        assert_eq!(
+            plan.files,
+            [CopiedFile {
+                source: "/bundle/hosts".into(),
+                target: target.into()
+            }]
+        );
+        let mounts = plan.guest_spec.mounts().clone().unwrap();
+        assert_eq!(mounts[0].source(), &Some(target.into()));
+        assert_eq!(plan.user, "www-data");
+    }
+
+    #[test]
+    fn plan_with_bind_from_elsewhere_is_refused() {
+        for source in ["/etc/shadow", "/bundle/../etc/shadow", "/bundleful/x", ""] {
+            let json = format!(
+                r#"{{"ociVersion":"1.2.0","mounts":[{{"destination":"/x","source":"{source}","options":["bind"]}}]}}"#
+            );
+            assert!(
+                matches!(plan_of_json(&json), Err(PlanError::Bind { .. })),
+                "{source}"
+            );
+        }
+    }
+
+    #[test]
+    fn plan_with_odd_rootfs_is_refused() {
+        for rootfs in [
+            vec![],
+            vec![mount("bind", "/etc", &["rbind"])],
+            vec![mount("erofs", "relative", &[])],
+            vec![mount("overlay", "", &["lowerdir={{ mount 0 }}"])],
+            vec![mount("overlay", "", &["lowerdir={{ mount "])],
+            vec![mount("overlay", "", &["lowerdir={{ mount -1 }}"])],
+            vec![mount("tmpfs", "", &[]); MAX_MOUNTS + 1],
+        ] {
+            assert!(
+                plan(
+                    "c1",
+                    Path::new("/bundle"),
+                    &spec("{}"),
+                    &rootfs,
+                    HOST,
+                    DEFAULTS
+                )
+                .is_err(),
+                "{rootfs:?}"
+            );
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn plan_of_any_mount_never_panics(kind in "(erofs|ext4|overlay|tmpfs|.{0,8})", source in ".{0,20}", option in ".{0,40}") {
+            let rootfs = [mount("tmpfs", "", &[]), mount(&kind, &source, &[&option])];
+            let _ = plan("c1", Path::new("/bundle"), &spec("{}"), &rootfs, HOST, DEFAULTS);
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The little that both ends of the Task API share: errors and connections.
+
+use std::io;
+use std::time::Duration;
+use ttrpc::proto::{Code, Status};
+
+/// An error with a status code that containerd understands.
+pub fn status(code: Code, message: impl ToString) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
+}
+
+/// The code and text of a failed call.
+pub fn parts(error: &ttrpc::Error) -> (Code, String) {
+    match error {
+        ttrpc::Error::RpcStatus(Status { code, message, .. }) => {
+            (code.enum_value_or_default(), message.clone())
+        }
+        other => (Code::UNAVAILABLE, other.to_string()),
+    }
+}
+
+/// The error and its causes on one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// A call's context: `None` waits for ever.
+pub fn context(timeout: Option<Duration>) -> ttrpc::context::Context {
+    let nanoseconds = timeout.map_or(0, |t| i64::try_from(t.as_nanos()).unwrap_or(i64::MAX));
+    ttrpc::context::with_timeout(nanoseconds)
+}
+
+/// Connects a ttrpc client to a Unix stream socket.
+pub fn client(stream: std::os::unix::net::UnixStream) -> io::Result<ttrpc::r#async::Client> {
+    stream.set_nonblocking(true)?;
+    let stream = tokio::net::UnixStream::from_std(stream)?;
+    Ok(ttrpc::r#async::Client::new(
+        ttrpc::r#async::transport::Socket::from(stream),
+    ))
+}

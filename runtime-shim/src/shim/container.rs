@@ -1,0 +1,436 @@
+//! A container and the sandbox it lives in.
+
+use super::agent::CallError;
+use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
+use super::process::{Exit, Life, Process};
+use super::stdio::{Paths, StdioError, Streams};
+use super::timing::{self, Timing};
+use super::vm::VmError;
+use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
+use crate::settings::Settings;
+use crate::state::now_ns;
+use casemate_protocol::agent as proto;
+use oci_spec::runtime::Spec;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// A config.json beyond this doesn't fit into a message to the agent.
+const MAX_SPEC: u64 = 2 << 20;
+/// As the agent accepts it.
+const MAX_FILE: u64 = 1 << 20;
+/// Processes added to one container.
+const MAX_EXECS: usize = 1024;
+/// 128 + SIGKILL: what a process reports whose guest is gone.
+const KILLED: u32 = 137;
+/// After the first process, the others of its PID namespace are gone too.
+const EXECS_FOLLOW: Duration = Duration::from_secs(5);
+
+/// Why a container operation failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ContainerError {
+    /// The bundle can't be read.
+    #[error("can't read {path}")]
+    Bundle {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The bundle's spec isn't one.
+    #[error("{path} is not an OCI runtime spec")]
+    Spec {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// A file to be copied into the guest is too large.
+    #[error("{path} has {size} bytes; at most {MAX_FILE} can be copied into the guest")]
+    FileSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+    },
+    /// The spec can't be run.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Streams.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The guest didn't come up.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The agent.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The VMM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Too many processes.
+    #[error("a container can have at most {MAX_EXECS} added processes")]
+    TooManyExecs,
+    /// The exec id is taken.
+    #[error("process {0:?} already exists")]
+    ExecExists(String),
+}
+
+/// What happened, to be written down or told by whoever holds the container.
+pub(super) trait Observer: Send + Sync {
+    /// The first process runs.
+    fn started(&self, pid: u32);
+    /// The first process ended; `error` when that was not its own doing.
+    fn exited(&self, exit: Exit, error: &str);
+}
+
+/// A container with its processes.
+pub(super) struct Container {
+    pub(super) id: String,
+    pub(super) bundle: PathBuf,
+    pub(super) init: Arc<Process>,
+    pub(super) sandbox: Sandbox,
+    /// Lock order: never held across an await.
+    execs: Mutex<BTreeMap<String, Arc<Process>>>,
+    timing: Mutex<Option<Timing>>,
+    observer: Arc<dyn Observer>,
+}
+
+/// What `Container::create` needs.
+pub(super) struct Create<'a> {
+    pub(super) id: String,
+    pub(super) bundle: PathBuf,
+    pub(super) rootfs: Vec<RootfsMount>,
+    pub(super) paths: Paths,
+    pub(super) launch: Launch<'a>,
+    pub(super) shim_main: u64,
+    pub(super) observer: Arc<dyn Observer>,
+}
+
+impl Container {
+    /// Boots a sandbox and creates the container in it, ready to start.
+    pub(super) async fn create(create: Create<'_>) -> Result<Arc<Self>, ContainerError> {
+        let begun = monotonic_ns();
+        let Create {
+            id,
+            bundle,
+            rootfs,
+            paths,
+            launch,
+            shim_main,
+            observer,
+        } = create;
+        let spec = read_spec(&bundle)?;
+        let plan = plan::plan(
+            &id,
+            &bundle,
+            &spec,
+            &rootfs,
+            Host::here(),
+            defaults(launch.settings),
+        )?;
+        let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
+        let request = create_request(&id, &plan)?;
+        let (streams, ends) = Streams::open(&paths)?;
+        let init = Arc::new(Process::new(String::new(), paths, Vec::new()));
+        init.set_streams(streams);
+        let first = FirstStreams::new(ends, init.paths.terminal);
+
+        let (sandbox, mut stdio) = Sandbox::start(&plan, first, &launch).await?;
+        (stdio.rows, stdio.cols) = console_size(&spec);
+        let request = proto::CreateContainerRequest {
+            stdio: Some(stdio).into(),
+            ..request
+        };
+        if let Err(error) = sandbox.agent.create_container(&request).await {
+            sandbox.stop(true).await;
+            return Err(error.into());
+        }
+        let timing = wants_timing.then(|| Timing {
+            shim_main,
+            create: begun,
+            hello: sandbox.hello_ns,
+            guest_agent_main: sandbox.hello.main_ns,
+            guest_agent_serving: sandbox.hello.serving_ns,
+            created: monotonic_ns(),
+            ..Timing::default()
+        });
+        Ok(Arc::new(Self {
+            id,
+            bundle,
+            init,
+            sandbox,
+            execs: Mutex::default(),
+            timing: Mutex::new(timing),
+            observer,
+        }))
+    }
+
+    /// A process by its exec id; empty: the first one.
+    pub(super) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Some(self.init.clone());
+        }
+        self.execs().get(exec_id).cloned()
+    }
+
+    /// A poisoned lock holds a map: always usable.
+    fn execs(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Starts the first process.
+    pub(super) async fn start_init(self: &Arc<Self>) -> Result<(), ContainerError> {
+        let begun = monotonic_ns();
+        let request = proto::StartContainerRequest {
+            id: self.id.clone(),
+            ..Default::default()
+        };
+        let answer = match self.sandbox.agent.start_container(&request).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.init.set_exited(Exit {
+                    status: KILLED,
+                    at_ns: now_ns(),
+                });
+                return Err(error.into());
+            }
+        };
+        self.init.set_running();
+        self.observer.started(self.sandbox.vm.pid());
+        self.write_timing(begun, answer.exec_ns);
+        tokio::spawn(self.clone().watch(self.init.clone()));
+        Ok(())
+    }
+
+    /// `--timing` is a convenience: a full disk must not fail a start.
+    fn write_timing(&self, start: u64, guest_exec: u64) {
+        let timing = self.timing.lock().ok().and_then(|mut t| t.take());
+        if let Some(timing) = timing {
+            let timing = Timing {
+                vmm: self.sandbox.vm.phases(),
+                start,
+                started: monotonic_ns(),
+                guest_exec,
+                ..timing
+            };
+            if let Ok(bytes) = serde_json::to_vec(&timing) {
+                let _ = std::fs::write(self.bundle.join(timing::FILE_NAME), bytes);
+            }
+        }
+    }
+
+    /// Adds a process, not yet started.
+    pub(super) fn add_exec(
+        &self,
+        exec_id: &str,
+        paths: Paths,
+        spec: Vec<u8>,
+    ) -> Result<(), ContainerError> {
+        let mut execs = self.execs();
+        if execs.contains_key(exec_id) {
+            return Err(ContainerError::ExecExists(exec_id.to_owned()));
+        }
+        if execs.len() >= MAX_EXECS {
+            return Err(ContainerError::TooManyExecs);
+        }
+        let process = Process::new(exec_id.to_owned(), paths, spec);
+        execs.insert(exec_id.to_owned(), Arc::new(process));
+        Ok(())
+    }
+
+    /// Starts an added process and gives its pid in the guest.
+    pub(super) async fn start_exec(
+        self: &Arc<Self>,
+        process: Arc<Process>,
+    ) -> Result<u32, ContainerError> {
+        let (streams, ends) = Streams::open(&process.paths)?;
+        process.set_streams(streams);
+        let stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
+        let request = proto::ExecRequest {
+            id: self.id.clone(),
+            exec_id: process.exec_id.clone(),
+            process_json: process.spec.clone(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let answer = match self.sandbox.agent.exec(&request).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                process.set_exited(Exit {
+                    status: KILLED,
+                    at_ns: now_ns(),
+                });
+                return Err(error.into());
+            }
+        };
+        process.set_running();
+        tokio::spawn(self.clone().watch(process));
+        Ok(answer.pid)
+    }
+
+    /// Forgets an added process that is not running.
+    pub(super) fn remove_exec(&self, exec_id: &str) {
+        self.execs().remove(exec_id);
+    }
+
+    /// Waits for a process's end and tells it.
+    async fn watch(self: Arc<Self>, process: Arc<Process>) {
+        let request = proto::ProcessRequest {
+            id: self.id.clone(),
+            exec_id: process.exec_id.clone(),
+            ..Default::default()
+        };
+        let (exit, error) = match self.sandbox.agent.wait(&request).await {
+            Ok(answer) => {
+                let at_ns = now_ns();
+                let status = answer.exit_status.min(255);
+                (Exit { status, at_ns }, String::new())
+            }
+            Err(error) => {
+                // Without its agent a guest is of no use to anyone.
+                self.sandbox.vm.kill();
+                let exit = Exit {
+                    status: KILLED,
+                    at_ns: now_ns(),
+                };
+                (exit, error.to_string())
+            }
+        };
+        if process.exec_id.is_empty() {
+            self.others_ended().await;
+            self.observer.exited(exit, &error);
+        }
+        process.set_exited(exit);
+    }
+
+    /// The first process's end is told last.
+    async fn others_ended(&self) {
+        let running: Vec<_> = self
+            .execs()
+            .values()
+            .filter(|p| p.life() == Life::Running)
+            .cloned()
+            .collect();
+        let all = async {
+            for process in running {
+                process.exited().await;
+            }
+        };
+        let _ = tokio::time::timeout(EXECS_FOLLOW, all).await;
+    }
+
+    /// Sends a signal. A kill of the first process reaches even a guest that hangs.
+    pub(super) async fn kill(
+        &self,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), ContainerError> {
+        let request = proto::KillRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        let kills_init = exec_id.is_empty() && signal == libc_sigkill();
+        match self.sandbox.agent.kill(&request).await {
+            Err(CallError::Timeout { .. } | CallError::Connection { .. }) if kills_init => {
+                self.sandbox.vm.kill();
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Ends the sandbox; what it wrote is kept unless `discard`.
+    pub(super) async fn end(&self, discard: bool) {
+        const STREAMS_FOLLOW: Duration = Duration::from_secs(10);
+        if !discard && self.sandbox.vm.ended().borrow().is_none() {
+            let request = proto::ContainerRequest {
+                id: self.id.clone(),
+                ..Default::default()
+            };
+            // What can't be unmounted here is synced by the shutdown that follows.
+            let _ = self.sandbox.agent.delete_container(&request).await;
+        }
+        self.init.drained(STREAMS_FOLLOW).await;
+        self.sandbox.stop(discard).await;
+    }
+}
+
+fn libc_sigkill() -> u32 {
+    rustix::process::Signal::KILL.as_raw() as u32
+}
+
+/// Rows and columns that the front door's terminal has; 0: unknown.
+fn console_size(spec: &Spec) -> (u32, u32) {
+    let size = spec.process().as_ref().and_then(|p| p.console_size());
+    let cells = |n: u64| u32::try_from(n).unwrap_or(0);
+    size.map_or((0, 0), |s| (cells(s.height()), cells(s.width())))
+}
+
+fn read_spec(bundle: &Path) -> Result<Spec, ContainerError> {
+    let path = bundle.join("config.json");
+    let bytes = read_bounded(&path, MAX_SPEC)?;
+    serde_json::from_slice(&bytes).map_err(|source| ContainerError::Spec { path, source })
+}
+
+fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ContainerError> {
+    use io::Read;
+    let error = |source| ContainerError::Bundle {
+        path: path.to_owned(),
+        source,
+    };
+    let file = std::fs::File::open(path).map_err(error)?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(error)?;
+    if bytes.len() as u64 > limit {
+        return Err(ContainerError::FileSize {
+            path: path.to_owned(),
+            size: bytes.len() as u64,
+        });
+    }
+    Ok(bytes)
+}
+
+fn create_request(id: &str, plan: &Plan) -> Result<proto::CreateContainerRequest, ContainerError> {
+    let spec_json =
+        serde_json::to_vec(&plan.guest_spec).map_err(|source| ContainerError::Spec {
+            path: "the guest's spec".into(),
+            source,
+        })?;
+    let files = plan
+        .files
+        .iter()
+        .map(|file| {
+            Ok(proto::File {
+                path: file.target.clone(),
+                content: read_bounded(&file.source, MAX_FILE)?,
+                ..Default::default()
+            })
+        })
+        .collect::<Result<_, ContainerError>>()?;
+    Ok(proto::CreateContainerRequest {
+        id: id.to_owned(),
+        spec_json,
+        mounts: plan.mounts.clone(),
+        rootfs: plan.rootfs.clone(),
+        files,
+        user: plan.user.clone(),
+        ..Default::default()
+    })
+}
+
+fn defaults(settings: &Settings) -> plan::Defaults {
+    plan::Defaults {
+        memory: settings.memory,
+        cpus: settings.cpus,
+    }
+}

@@ -1,0 +1,354 @@
+//! From a plan to a running guest whose agent has answered.
+
+use super::agent::{Agent, CallError};
+use super::stdio::GuestEnds;
+use super::vm::{Ended, Vm};
+use crate::journal::Journal;
+use crate::plan::Plan;
+use crate::settings::Settings;
+use casemate_protocol::{CONTROL_PORT, FIRST_STREAM_PORT, GUEST_CID, agent as proto};
+use casemate_vmm::config::{Confinement, DiskConfig, VmConfig, VsockConfig, VsockPort};
+use casemate_vmm::control::{Command, Phase};
+use rustix::fs::{Mode, OFlags};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// Why a sandbox didn't come up.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LaunchError {
+    /// A file of the installation or the image can't be opened.
+    #[error("can't open {what} {path}")]
+    Open {
+        /// Kernel, initrd, disk …
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// No KVM for us.
+    #[error("can't open {path}; `casemate check` says what is missing and how to mend it")]
+    Kvm {
+        /// The device.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The VMM can't be started.
+    #[error("can't start {path}")]
+    Spawn {
+        /// The binary.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A socket or a memory file can't be had.
+    #[error("can't set up the sandbox")]
+    Setup(#[source] io::Error),
+    /// The guest ended or stayed silent.
+    #[error("the guest did not start (it got as far as: {phase}): {cause}{log}")]
+    Guest {
+        /// The last phase reached.
+        phase: &'static str,
+        /// What happened.
+        cause: CallError,
+        /// The guest's last lines, when the cause doesn't hold them.
+        log: String,
+    },
+}
+
+/// A running guest.
+pub(super) struct Sandbox {
+    /// Its VMM.
+    pub(super) vm: Vm,
+    /// Its agent.
+    pub(super) agent: Agent,
+    /// The agent's first answer.
+    pub(super) hello: proto::HelloResponse,
+    /// When the agent had answered: host CLOCK_MONOTONIC in ns.
+    pub(super) hello_ns: u64,
+    next_port: AtomicU32,
+}
+
+/// What a launch needs besides the plan.
+pub(super) struct Launch<'a> {
+    /// Paths and times.
+    pub(super) settings: &'a Settings,
+    /// Where processes are written down.
+    pub(super) journal: &'a Journal,
+    /// Where the VMM's own words go.
+    pub(super) log: &'a Path,
+    /// Where the guest's serial console goes; `None`: it has none.
+    pub(super) console: Option<BorrowedFd<'a>>,
+}
+
+/// The first container's streams and their ports.
+pub(super) struct FirstStreams {
+    /// What the agent is told.
+    pub(super) stdio: proto::Stdio,
+    ports: Vec<(u32, OwnedFd)>,
+}
+
+impl FirstStreams {
+    /// Gives each stream a port.
+    pub(super) fn new(ends: GuestEnds, terminal: bool) -> Self {
+        let mut stdio = proto::Stdio {
+            terminal,
+            ..Default::default()
+        };
+        let mut ports = Vec::new();
+        let mut next = FIRST_STREAM_PORT;
+        for (fd, port) in [
+            (ends.stdin, &mut stdio.stdin_port),
+            (ends.stdout, &mut stdio.stdout_port),
+            (ends.stderr, &mut stdio.stderr_port),
+        ] {
+            if let Some(fd) = fd {
+                *port = next;
+                ports.push((next, fd));
+                next += 1;
+            }
+        }
+        Self { stdio, ports }
+    }
+}
+
+fn open(what: &'static str, path: &Path, flags: OFlags) -> Result<OwnedFd, LaunchError> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map_err(|e| LaunchError::Open {
+        what,
+        path: path.to_owned(),
+        source: e.into(),
+    })
+}
+
+impl Sandbox {
+    /// Opens everything, starts the VMM and waits for the agent.
+    pub(super) async fn start(
+        plan: &Plan,
+        streams: FirstStreams,
+        launch: &Launch<'_>,
+    ) -> Result<(Self, proto::Stdio), LaunchError> {
+        let settings = launch.settings;
+        let kvm = rustix::fs::open(&settings.kvm, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| LaunchError::Kvm {
+                path: settings.kvm.clone(),
+                source: e.into(),
+            })?;
+        let kernel = open("the guest's kernel", &settings.kernel, OFlags::RDONLY)?;
+        let initrd = open("the guest's initrd", &settings.initrd, OFlags::RDONLY)?;
+        let disks = open_disks(plan)?;
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(LaunchError::Setup)?;
+        theirs.set_nonblocking(true).map_err(LaunchError::Setup)?;
+        let control_end = OwnedFd::from(theirs);
+
+        let mut ports = vec![(CONTROL_PORT, control_end)];
+        ports.extend(streams.ports);
+        let config = VmConfig {
+            kvm: kvm.as_raw_fd(),
+            memory_mib: plan.memory_mib,
+            vcpus: plan.vcpus,
+            kernel: kernel.as_raw_fd(),
+            initrd: Some(initrd.as_raw_fd()),
+            cmdline: String::new(),
+            disks: disk_configs(plan, &disks),
+            nets: Vec::new(),
+            vsock: Some(VsockConfig {
+                cid: GUEST_CID,
+                ports: ports
+                    .iter()
+                    .map(|(port, fd)| VsockPort {
+                        port: *port,
+                        fd: fd.as_raw_fd(),
+                    })
+                    .collect(),
+            }),
+            balloon: true,
+            console: launch.console.map(|c| c.as_raw_fd()),
+            control: None,
+            confinement: Confinement::Full,
+        };
+        let passed: Vec<BorrowedFd<'_>> = [&kvm, &kernel, &initrd]
+            .into_iter()
+            .chain(disks.iter().flatten())
+            .chain(ports.iter().map(|(_, fd)| fd))
+            .map(AsFd::as_fd)
+            .chain(launch.console)
+            .collect();
+        let log = std::fs::File::create(launch.log).map_err(LaunchError::Setup)?;
+        let vm =
+            Vm::start(&settings.vmm, config, &passed, log, launch.journal).map_err(|source| {
+                LaunchError::Spawn {
+                    path: settings.vmm.clone(),
+                    source,
+                }
+            })?;
+        drop((kvm, kernel, initrd, disks));
+        let next_port = FIRST_STREAM_PORT + ports.len() as u32;
+        drop(ports);
+
+        let agent = Agent::new(ours, vm.ended()).map_err(LaunchError::Setup)?;
+        let hello = match agent.hello(&hello_request(), settings.start_timeout).await {
+            Ok(hello) => hello,
+            Err(cause) => return Err(failed(&vm, cause, launch.log).await),
+        };
+        let sandbox = Self {
+            vm,
+            agent,
+            hello,
+            hello_ns: monotonic_ns(),
+            next_port: next_port.into(),
+        };
+        if plan.vcpus > 1 {
+            let request = proto::OnlineCpusRequest {
+                vcpus: plan.vcpus.into(),
+                ..Default::default()
+            };
+            if let Err(cause) = sandbox.agent.online_cpus(&request).await {
+                return Err(failed(&sandbox.vm, cause, launch.log).await);
+            }
+        }
+        Ok((sandbox, streams.stdio))
+    }
+
+    /// Opens a port for each stream of a further process.
+    pub(super) async fn listen(
+        &self,
+        ends: GuestEnds,
+        terminal: bool,
+    ) -> Result<proto::Stdio, super::vm::VmError> {
+        let mut stdio = proto::Stdio {
+            terminal,
+            ..Default::default()
+        };
+        for (fd, slot) in [
+            (ends.stdin, &mut stdio.stdin_port),
+            (ends.stdout, &mut stdio.stdout_port),
+            (ends.stderr, &mut stdio.stderr_port),
+        ] {
+            if let Some(fd) = fd {
+                let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+                let command = Command::VsockListen { port };
+                self.vm.request(command, &[fd.as_fd()]).await?;
+                *slot = port;
+            }
+        }
+        Ok(stdio)
+    }
+
+    /// Ends the guest in order: disks synced, or at once when `discard`.
+    pub(super) async fn stop(&self, discard: bool) {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        if !discard && self.vm.ended().borrow().is_none() {
+            let _ = self.agent.shutdown().await;
+            let stop = self.vm.request(Command::Stop, &[]);
+            let _ = tokio::time::timeout(PATIENCE, stop).await;
+            let _ = tokio::time::timeout(PATIENCE, self.vm.wait()).await;
+        }
+        self.vm.kill();
+        let _ = tokio::time::timeout(PATIENCE, self.vm.wait()).await;
+    }
+}
+
+fn open_disks(plan: &Plan) -> Result<Vec<Vec<OwnedFd>>, LaunchError> {
+    plan.disks
+        .iter()
+        .map(|disk| {
+            let flags = if disk.read_only {
+                OFlags::RDONLY
+            } else {
+                OFlags::RDWR
+            };
+            disk.files
+                .iter()
+                .map(|file| open("disk", file, flags))
+                .collect()
+        })
+        .collect()
+}
+
+fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
+    plan.disks
+        .iter()
+        .zip(fds)
+        .map(|(disk, fds)| DiskConfig {
+            id: disk.id.clone(),
+            segments: crate::fds::numbers(fds),
+            read_only: disk.read_only,
+            rate_limit: None,
+        })
+        .collect()
+}
+
+fn hello_request() -> proto::HelloRequest {
+    let mut entropy = vec![0; 64];
+    let flags = rustix::rand::GetRandomFlags::empty();
+    let got = rustix::rand::getrandom(&mut entropy[..], flags).unwrap_or(0);
+    entropy.truncate(got);
+    proto::HelloRequest {
+        realtime_ns: crate::state::now_ns() as i64,
+        entropy,
+        ..Default::default()
+    }
+}
+
+/// Ends a guest that failed to start and gathers what can be said about it.
+async fn failed(vm: &Vm, cause: CallError, log: &Path) -> LaunchError {
+    const LAST_WORDS: Duration = Duration::from_secs(3);
+    let phase = phase_name(vm.phases().last().map(|(phase, _)| *phase));
+    let mut text = String::new();
+    match &cause {
+        CallError::Ended(end) if end.guest_log.is_empty() => text = vmm_words(log),
+        CallError::Ended(_) => {}
+        _ => {
+            // Stopped rather than killed, the VMM still tells the guest's last lines.
+            let _ = tokio::time::timeout(LAST_WORDS, vm.request(Command::Stop, &[])).await;
+            if let Ok(Ended { guest_log, .. }) = tokio::time::timeout(LAST_WORDS, vm.wait()).await
+                && !guest_log.is_empty()
+            {
+                text = format!("\nthe guest's last lines:\n{}", guest_log.trim_end());
+            }
+        }
+    }
+    vm.kill();
+    let _ = tokio::time::timeout(LAST_WORDS, vm.wait()).await;
+    LaunchError::Guest {
+        phase,
+        cause,
+        log: text,
+    }
+}
+
+/// What the VMM itself printed.
+fn vmm_words(log: &Path) -> String {
+    use io::Read;
+    let mut bytes = Vec::new();
+    if let Ok(file) = std::fs::File::open(log) {
+        let _ = file.take(16 << 10).read_to_end(&mut bytes);
+    }
+    let text = super::vm::printable(&String::from_utf8_lossy(&bytes), 4096);
+    match text.trim() {
+        "" => String::new(),
+        words => format!("\nthe VMM said: {words}"),
+    }
+}
+
+fn phase_name(phase: Option<Phase>) -> &'static str {
+    match phase {
+        None => "start of the VMM",
+        Some(Phase::Main) => "confinement",
+        Some(Phase::Confined) => "KVM setup",
+        Some(Phase::KvmReady) => "kernel load",
+        Some(Phase::KernelLoaded) => "first instruction",
+        Some(Phase::FirstRun) => "kernel boot",
+        Some(Phase::AgentConnected) => "agent",
+    }
+}
+
+/// Host CLOCK_MONOTONIC in ns.
+pub(super) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

@@ -1,0 +1,18 @@
+//! The shim: the process that looks after one sandbox and serves containerd's Task API for it.
+//!
+//! It opens what the guest needs, starts the VMM with it, talks to the agent and
+//! pumps the standard streams. Whatever comes from the guest is bounded and checked.
+
+mod agent;
+mod container;
+mod launch;
+mod link;
+mod process;
+mod serve;
+mod service;
+mod stats;
+mod stdio;
+pub mod timing;
+mod vm;
+
+pub use serve::{Serve, run};

@@ -1,0 +1,574 @@
+//! The directory of each sandbox, and the tidying up after those that died.
+//!
+//! `STATE/NAMESPACE/ID/` holds everything of one sandbox. Its `lock` file is
+//! locked for as long as someone looks after it: the command line takes the lock
+//! with the directory and hands the same open file to the shim, so that the lock
+//! falls exactly when both are gone. Whoever then gets the lock tidies up by the
+//! journal. Lock order: one sandbox at a time, never two.
+
+use crate::journal::{self, Journal, Taken};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The namespace that the command line uses.
+pub const DEFAULT_NAMESPACE: &str = "default";
+/// Holds a file for each name, with the id of its owner.
+const NAMES: &str = "names";
+/// No metadata of ours is larger.
+const MAX_META: u64 = 4 << 20;
+
+/// What went wrong with the state directory.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A file operation failed.
+    #[error("can't {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Another container has the name.
+    #[error(
+        "the name {name:?} is in use by container {id}; remove it with `casemate rm`, or use another name"
+    )]
+    NameInUse {
+        /// The name.
+        name: String,
+        /// Its owner.
+        id: String,
+    },
+    /// No container by that name or id.
+    #[error("no such container: {0}")]
+    NotFound(String),
+    /// The prefix of an id fits several.
+    #[error("{0:?} is the beginning of more than one container's id; give more of it")]
+    Ambiguous(String),
+    /// Someone else's directory where ours should be.
+    #[error(
+        "{0} belongs to another user or may be written by others; remove it, or set CASEMATE_STATE"
+    )]
+    Untrusted(PathBuf),
+    /// The container is running.
+    #[error("container {0} is running; stop it first, or use --force")]
+    Running(String),
+    /// A kill didn't help.
+    #[error("container {0} still runs {1:?} after its processes were killed")]
+    Stuck(String, Duration),
+}
+
+fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StateError + 'a {
+    move |source| StateError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// What a container is: written once, when it is made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Meta {
+    /// 64 hex digits.
+    pub id: String,
+    /// Unique in its namespace.
+    pub name: String,
+    /// The image as the user named it.
+    pub image: String,
+    /// The image's id.
+    pub image_id: String,
+    /// The command line inside.
+    pub command: Vec<String>,
+    /// Nanoseconds since the epoch.
+    pub created: u64,
+    /// Goes away when it ends.
+    pub auto_remove: bool,
+    /// The user's labels and the image's.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// How a container is: replaced at each change.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Created, running or exited.
+    pub state: State,
+    /// The VMM's process while it runs.
+    #[serde(default)]
+    pub pid: u32,
+    /// Once exited.
+    #[serde(default)]
+    pub exit_code: u32,
+    /// Nanoseconds since the epoch, 0: not yet.
+    #[serde(default)]
+    pub started: u64,
+    /// Nanoseconds since the epoch, 0: not yet.
+    #[serde(default)]
+    pub finished: u64,
+    /// Why it ended, when that was not the workload's doing.
+    #[serde(default)]
+    pub error: String,
+}
+
+/// A container's life.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Made, never started.
+    #[default]
+    Created,
+    /// Started.
+    Running,
+    /// Ended.
+    Exited,
+}
+
+/// A container as the state directory shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Container {
+    /// What it is.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// How it is.
+    pub status: Status,
+    /// Its directory.
+    #[serde(skip)]
+    pub dir: PathBuf,
+}
+
+/// All sandboxes of a namespace.
+#[derive(Debug)]
+pub struct StateRoot {
+    dir: PathBuf,
+    /// The directory was just made: nothing of before this boot is known.
+    pub fresh: bool,
+}
+
+/// One sandbox's directory, held by its lock.
+#[derive(Debug)]
+pub struct SandboxDir {
+    path: PathBuf,
+    lock: OwnedFd,
+}
+
+fn make_private_dir(path: &Path) -> Result<bool, StateError> {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(e) => Err(io_error("create directory", path)(e)),
+    }
+}
+
+/// A directory below a shared one such as /tmp may have been planted there.
+fn check_private(path: &Path) -> Result<(), StateError> {
+    let stat = rustix::fs::lstat(path).map_err(|e| io_error("look at", path)(e.into()))?;
+    let is_dir = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir();
+    let ours = stat.st_uid == rustix::process::geteuid().as_raw();
+    if is_dir && ours && stat.st_mode & 0o022 == 0 {
+        Ok(())
+    } else {
+        Err(StateError::Untrusted(path.to_owned()))
+    }
+}
+
+impl StateRoot {
+    /// Opens the state of a namespace, making its directories.
+    pub fn open(state_dir: &Path, namespace: &str) -> Result<Self, StateError> {
+        let dir = state_dir.join(namespace);
+        if let Some(parent) = state_dir.parent() {
+            std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
+        }
+        make_private_dir(state_dir)?;
+        check_private(state_dir)?;
+        let fresh = make_private_dir(&dir)?;
+        if fresh {
+            make_private_dir(&dir.join(NAMES))?;
+        }
+        Ok(Self { dir, fresh })
+    }
+
+    /// Where a sandbox's directory is or would be.
+    pub fn path_of(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+
+    /// Makes a sandbox's directory, locked, and gives it a name.
+    pub fn create(&self, meta: &Meta) -> Result<SandboxDir, StateError> {
+        let path = self.path_of(&meta.id);
+        if !make_private_dir(&path)? {
+            return Err(io_error("create directory", &path)(
+                io::ErrorKind::AlreadyExists.into(),
+            ));
+        }
+        let lock = lock(&path)?.ok_or_else(|| StateError::Running(meta.id.clone()))?;
+        let dir = SandboxDir { path, lock };
+        write_json(&dir.path, "meta.json", meta)?;
+        let name_file = self.dir.join(NAMES).join(&meta.name);
+        dir.journal()
+            .record(&Taken::File {
+                path: name_file.clone(),
+            })
+            .map_err(io_error("write the journal in", &dir.path))?;
+        if let Err(error) = self.claim_name(&name_file, meta) {
+            // The journal names the other container's file: it must not be followed.
+            let _ = std::fs::remove_dir_all(&dir.path);
+            return Err(error);
+        }
+        Ok(dir)
+    }
+
+    fn claim_name(&self, file: &Path, meta: &Meta) -> Result<(), StateError> {
+        for _ in 0..2 {
+            match rustix::fs::open(
+                file,
+                OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC,
+                Mode::RUSR | Mode::WUSR,
+            ) {
+                Ok(fd) => {
+                    rustix::io::write(&fd, meta.id.as_bytes())
+                        .map_err(|e| io_error("write", file)(e.into()))?;
+                    return Ok(());
+                }
+                Err(rustix::io::Errno::EXIST) => {
+                    let owner = std::fs::read_to_string(file).unwrap_or_default();
+                    if !owner.is_empty() && self.path_of(&owner).exists() {
+                        return Err(StateError::NameInUse {
+                            name: meta.name.clone(),
+                            id: owner,
+                        });
+                    }
+                    // Its owner is gone: the name is free.
+                    let _ = std::fs::remove_file(file);
+                }
+                Err(e) => return Err(io_error("create", file)(e.into())),
+            }
+        }
+        Err(StateError::NameInUse {
+            name: meta.name.clone(),
+            id: String::new(),
+        })
+    }
+
+    /// The ids of all sandboxes, in no order.
+    fn ids(&self) -> Result<Vec<String>, StateError> {
+        let entries = std::fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
+        Ok(entries
+            .filter_map(|e| e.ok()?.file_name().into_string().ok())
+            .filter(|name| name != NAMES)
+            .collect())
+    }
+
+    /// Tidies up after every sandbox that nobody looks after any more.
+    ///
+    /// Costs one directory read when there is none.
+    pub fn reclaim_dead(&self) -> Result<(), StateError> {
+        for id in self.ids()? {
+            let path = self.path_of(&id);
+            if let Some(lock) = lock(&path)? {
+                SandboxDir { path, lock }.reclaim()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All containers, newest first.
+    pub fn containers(&self) -> Result<Vec<Container>, StateError> {
+        let mut all: Vec<Container> = self
+            .ids()?
+            .iter()
+            .filter_map(|id| self.container(id))
+            .collect();
+        all.sort_by_key(|c| std::cmp::Reverse(c.meta.created));
+        Ok(all)
+    }
+
+    fn container(&self, id: &str) -> Option<Container> {
+        let dir = self.path_of(id);
+        Some(Container {
+            meta: read_json(&dir, "meta.json")?,
+            status: read_json(&dir, "status.json").unwrap_or_default(),
+            dir,
+        })
+    }
+
+    /// The container of a name, an id or the unambiguous beginning of an id.
+    pub fn find(&self, name_or_id: &str) -> Result<Container, StateError> {
+        let all = self.containers()?;
+        if let Some(exact) = all
+            .iter()
+            .find(|c| c.meta.name == name_or_id || c.meta.id == name_or_id)
+        {
+            return Ok(exact.clone());
+        }
+        let mut prefixed = all
+            .into_iter()
+            .filter(|c| !name_or_id.is_empty() && c.meta.id.starts_with(name_or_id));
+        match (prefixed.next(), prefixed.next()) {
+            (Some(one), None) => Ok(one),
+            (Some(_), Some(_)) => Err(StateError::Ambiguous(name_or_id.to_owned())),
+            (None, _) => Err(StateError::NotFound(name_or_id.to_owned())),
+        }
+    }
+
+    /// Removes a container and everything it holds. With `force`, a running one too.
+    pub fn remove(&self, container: &Container, force: bool) -> Result<(), StateError> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let id = &container.meta.id;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(lock) = lock(&container.dir)? {
+                return SandboxDir {
+                    path: container.dir.clone(),
+                    lock,
+                }
+                .remove();
+            }
+            if !force {
+                return Err(StateError::Running(id.clone()));
+            }
+            if Instant::now() > deadline {
+                return Err(StateError::Stuck(id.clone(), PATIENCE));
+            }
+            let journal = Journal::in_dir(&container.dir);
+            journal::kill_processes(&journal.read().unwrap_or_default());
+            // The lock falls with the killed processes: only their exit is waited for.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl SandboxDir {
+    /// A directory whose lock the parent process handed over.
+    pub fn inherited(path: PathBuf, lock: OwnedFd) -> Self {
+        Self { path, lock }
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open, locked file to hand to the shim.
+    pub fn lock_fd(&self) -> &OwnedFd {
+        &self.lock
+    }
+
+    /// What it has taken.
+    pub fn journal(&self) -> Journal {
+        Journal::in_dir(&self.path)
+    }
+
+    /// Replaces the status.
+    pub fn write_status(&self, status: &Status) -> Result<(), StateError> {
+        write_json(&self.path, "status.json", status)
+    }
+
+    /// The last status written.
+    pub fn status(&self) -> Status {
+        read_json(&self.path, "status.json").unwrap_or_default()
+    }
+
+    /// Ends what is left of a sandbox whose keeper died; keeps a container that is to be kept.
+    fn reclaim(self) -> Result<(), StateError> {
+        let taken = self.journal().read().unwrap_or_default();
+        journal::kill_processes(&taken);
+        let meta: Option<Meta> = read_json(&self.path, "meta.json");
+        let mut status = self.status();
+        match (meta, status.state) {
+            (Some(meta), State::Running | State::Exited) if !meta.auto_remove => {
+                if status.state == State::Running {
+                    status = Status {
+                        state: State::Exited,
+                        pid: 0,
+                        exit_code: 137,
+                        error: "the processes that ran it were killed".into(),
+                        ..status
+                    };
+                    self.write_status(&status)?;
+                }
+                Ok(())
+            }
+            _ => self.remove(),
+        }
+    }
+
+    /// Gives everything back and removes the directory.
+    pub fn remove(self) -> Result<(), StateError> {
+        let taken = self.journal().read().unwrap_or_default();
+        journal::kill_processes(&taken);
+        journal::delete_files(&taken).map_err(io_error(
+            "delete the files that the journal names in",
+            &self.path,
+        ))?;
+        match std::fs::remove_dir_all(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &self.path)(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Locks a sandbox's directory, or says by `None` that someone looks after it.
+fn lock(dir: &Path) -> Result<Option<OwnedFd>, StateError> {
+    let path = dir.join("lock");
+    let fd = match rustix::fs::open(
+        &path,
+        OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+        Mode::RUSR | Mode::WUSR,
+    ) {
+        Ok(fd) => fd,
+        // Removed meanwhile: then it's nobody's.
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(None),
+        Err(e) => return Err(io_error("open", &path)(e.into())),
+    };
+    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        Err(e) => return Err(io_error("lock", &path)(e.into())),
+    }
+    // Another one may have removed the directory between open and lock.
+    let same = match (rustix::fs::fstat(&fd), rustix::fs::stat(&path)) {
+        (Ok(a), Ok(b)) => a.st_ino == b.st_ino && a.st_dev == b.st_dev,
+        _ => false,
+    };
+    Ok(same.then_some(fd))
+}
+
+fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), StateError> {
+    let path = dir.join(name);
+    let temporary = dir.join(format!("{name}.new"));
+    let bytes = serde_json::to_vec(value).map_err(|e| io_error("write", &path)(e.into()))?;
+    std::fs::write(&temporary, bytes).map_err(io_error("write", &temporary))?;
+    std::fs::rename(&temporary, &path).map_err(io_error("write", &path))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(dir: &Path, name: &str) -> Option<T> {
+    use io::Read;
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(dir.join(name)).ok()?;
+    file.take(MAX_META).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// Nanoseconds since the epoch.
+pub fn now_ns() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map(|d| d.as_nanos() as u64)
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meta(id: &str, name: &str, auto_remove: bool) -> Meta {
+        Meta {
+            id: id.into(),
+            name: name.into(),
+            image: "busybox".into(),
+            image_id: "sha256:0".into(),
+            command: vec!["true".into()],
+            created: 1,
+            auto_remove,
+            labels: BTreeMap::new(),
+        }
+    }
+
+    fn root() -> (tempfile::TempDir, StateRoot) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = StateRoot::open(&dir.path().join("state"), "default").unwrap();
+        (dir, root)
+    }
+
+    #[test]
+    fn create_with_a_used_name_is_refused_and_leaves_the_owner_alone() {
+        let (_dir, root) = root();
+        let first = root.create(&meta("aaa", "web", false)).unwrap();
+        let error = root.create(&meta("bbb", "web", false)).unwrap_err();
+        assert!(matches!(error, StateError::NameInUse { id, .. } if id == "aaa"));
+        assert!(!root.path_of("bbb").exists());
+        assert_eq!(root.find("web").unwrap().meta.id, "aaa");
+        first.remove().unwrap();
+        root.create(&meta("ccc", "web", false)).unwrap();
+    }
+
+    #[test]
+    fn reclaim_dead_with_live_sandbox_leaves_it() {
+        let (_dir, root) = root();
+        let live = root.create(&meta("aaa", "a", true)).unwrap();
+        root.reclaim_dead().unwrap();
+        assert!(live.path().exists());
+    }
+
+    #[test]
+    fn reclaim_dead_after_a_death_removes_what_was_to_be_removed() {
+        let (dir, root) = root();
+        let scratch = dir.path().join("scratch.img");
+        std::fs::write(&scratch, "x").unwrap();
+        let sandbox = root.create(&meta("aaa", "a", true)).unwrap();
+        let taken = Taken::File {
+            path: scratch.clone(),
+        };
+        sandbox.journal().record(&taken).unwrap();
+        drop(sandbox);
+        root.reclaim_dead().unwrap();
+        assert!(!scratch.exists());
+        assert!(!root.path_of("aaa").exists());
+        assert!(root.containers().unwrap().is_empty());
+    }
+
+    #[test]
+    fn reclaim_dead_with_kept_container_marks_it_exited() {
+        let (_dir, root) = root();
+        let sandbox = root.create(&meta("aaa", "a", false)).unwrap();
+        let running = Status {
+            state: State::Running,
+            ..Status::default()
+        };
+        sandbox.write_status(&running).unwrap();
+        drop(sandbox);
+        root.reclaim_dead().unwrap();
+        let container = root.find("a").unwrap();
+        assert_eq!(container.status.state, State::Exited);
+        assert_eq!(container.status.exit_code, 137);
+    }
+
+    #[test]
+    fn remove_of_a_running_container_needs_force() {
+        let (_dir, root) = root();
+        let sandbox = root.create(&meta("aaa", "a", false)).unwrap();
+        let container = root.find("aaa").unwrap();
+        let refused = root.remove(&container, false);
+        assert!(matches!(refused, Err(StateError::Running(_))));
+        drop(sandbox);
+        root.remove(&container, false).unwrap();
+    }
+
+    #[test]
+    fn find_with_ambiguous_prefix_says_so() {
+        let (_dir, root) = root();
+        let _a = root.create(&meta("abc1", "x", false)).unwrap();
+        let _b = root.create(&meta("abc2", "y", false)).unwrap();
+        assert!(matches!(root.find("abc"), Err(StateError::Ambiguous(_))));
+        assert!(matches!(root.find("zzz"), Err(StateError::NotFound(_))));
+        assert_eq!(root.find("abc2").unwrap().meta.name, "y");
+    }
+
+    #[test]
+    fn open_of_a_directory_others_may_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let refused = StateRoot::open(&state, "default");
+        assert!(matches!(refused, Err(StateError::Untrusted(_))));
+    }
+}

@@ -1,0 +1,124 @@
+//! Pulling from Debian's docker-registry.
+
+use std::time::Duration;
+
+use casemate_tests::registry::{BadRegistry, Fault};
+use casemate_tests::{Host, Registry};
+use rustix::process::Signal;
+
+fn names(host: &Host) -> String {
+    host.casemate(["images", "--format", "{{.Repository}}:{{.Tag}}"])
+        .succeeds()
+        .text()
+}
+
+#[test]
+fn image_pulled_is_in_the_store_and_told_without_escape_codes() {
+    let host = Host::new();
+    let registry = Registry::of_fixtures();
+    let out = host.casemate(["pull", &registry.name("museum")]);
+    out.succeeds();
+    assert!(
+        !out.text().contains('\x1b') && !out.stderr_text().contains('\x1b'),
+        "{}",
+        out.stderr_text()
+    );
+    assert_eq!(
+        names(&host),
+        format!("{}:latest\n", registry.name("museum"))
+    );
+}
+
+#[test]
+fn image_pulled_by_digest_is_that_image() {
+    let host = Host::new();
+    let registry = BadRegistry::serve("busybox", Fault::None);
+    let pinned = registry.pinned("busybox");
+    host.casemate(["pull", &pinned]).succeeds();
+    host.casemate(["inspect", &pinned]).succeeds();
+}
+
+#[test]
+fn unknown_image_and_unknown_tag_are_named() {
+    let host = Host::new();
+    let registry = Registry::of_fixtures();
+    for name in ["nosuch:latest", "busybox:nosuch"] {
+        host.casemate(["pull", &registry.name(name)])
+            .fails()
+            .complains_of(name);
+    }
+    assert_eq!(names(&host), "");
+    host.is_clean();
+}
+
+#[test]
+fn layers_in_the_store_are_not_fetched_again() {
+    let host = Host::new();
+    let museum = BadRegistry::serve("museum", Fault::None);
+    let registry = Registry::of_fixtures();
+    host.casemate(["pull", &registry.name("busybox")])
+        .succeeds();
+    host.casemate(["pull", &museum.name("museum")]).succeeds();
+    // Four layers of its own, its manifest and configuration; busybox's layer was there already.
+    let fetched: usize = museum.served().values().sum();
+    assert!(fetched <= 6, "{:?}", museum.served());
+}
+
+#[test]
+fn two_pulls_of_the_same_image_at_once_both_succeed() {
+    let host = Host::new();
+    let registry = BadRegistry::serve("museum", Fault::Slow(1));
+    let name = registry.name("museum");
+    let (one, two) = (host.start(["pull", &name]), host.start(["pull", &name]));
+    one.ends().succeeds();
+    two.ends().succeeds();
+    host.casemate(["inspect", &name]).succeeds();
+    let most = registry.served().values().copied().max();
+    assert!(most <= Some(2), "{:?}", registry.served());
+}
+
+#[test]
+fn pull_killed_at_any_point_is_taken_up_by_the_next_one() {
+    let host = Host::new();
+    let registry = BadRegistry::serve("museum", Fault::Slow(1));
+    let name = registry.name("museum");
+    for moment in [10, 60, 150, 400, 900] {
+        let mut pull = host.start(["pull", &name]);
+        std::thread::sleep(Duration::from_millis(moment));
+        pull.gets(Signal::KILL);
+        pull.ends().ends_with(137);
+        host.casemate(["images"]).succeeds();
+    }
+    registry.recovers();
+    host.casemate(["pull", &name]).succeeds();
+    host.casemate(["inspect", &name]).succeeds();
+}
+
+#[test]
+fn pull_policy_says_whether_the_registry_is_asked() {
+    let host = Host::new();
+    let registry = BadRegistry::serve("busybox", Fault::None);
+    host.casemate(["pull", &registry.name("busybox")])
+        .succeeds();
+    let before: usize = registry.served().values().sum();
+    host.casemate(["pull", &registry.name("busybox")])
+        .succeeds();
+    let after: usize = registry.served().values().sum();
+    assert!(
+        after <= before + 1,
+        "the second pull fetched more than a manifest: {:?}",
+        registry.served()
+    );
+}
+
+#[test]
+fn mirror_of_the_configuration_file_is_asked_first() {
+    let mirror = Registry::of_fixtures();
+    let host = Host::new().configured(&format!(
+        "[registries.\"registry.invalid\"]\nmirrors = [\"http://{}\"]\n",
+        mirror.address()
+    ));
+    host.casemate(["pull", "registry.invalid/busybox:latest"])
+        .succeeds();
+    assert_eq!(names(&host), "registry.invalid/busybox:latest\n");
+}

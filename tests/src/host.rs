@@ -1,0 +1,192 @@
+//! A host: its own store, state, home and configuration; commands run on it.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::command::{Finished, Running};
+use crate::{leftovers, paths};
+
+/// Archives that [`Host::with_images`] has loaded.
+const IMAGES: [&str; 3] = ["busybox.tar", "configured.tar", "museum.tar"];
+
+/// Where one test's casemate lives, apart from every other test's.
+pub struct Host {
+    dir: TempDir,
+    user: Option<u32>,
+}
+
+impl Host {
+    /// A host whose store is empty.
+    pub fn new() -> Self {
+        let dir = scratch_dir();
+        for name in ["state", "data", "home/.config/casemate", "run"] {
+            fs::create_dir_all(dir.path().join(name)).expect("the scratch directory is writable");
+        }
+        Self { dir, user: None }
+    }
+
+    /// A host with the fixture images in its store.
+    pub fn with_images() -> Self {
+        let host = Self::new();
+        copy(&loaded_store(), &host.data());
+        host
+    }
+
+    /// The same host for the user `uid`, who owns all of its directories and nothing else.
+    pub fn of_user(mut self, uid: u32) -> Self {
+        self.user = Some(uid);
+        let mut chown = Command::new("chown");
+        chown
+            .args(["-R", &format!("{uid}:{uid}")])
+            .arg(self.dir.path());
+        assert!(
+            chown.status().is_ok_and(|status| status.success()),
+            "chown to {uid}"
+        );
+        self
+    }
+
+    /// Writes the user's configuration file.
+    pub fn configured(self, toml: &str) -> Self {
+        let file = self.dir.path().join("home/.config/casemate/config.toml");
+        fs::write(file, toml).expect("the scratch directory is writable");
+        self
+    }
+
+    /// A directory of the test's own.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where sandboxes keep their state.
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// Where the image store and the scratch disks are.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// `casemate ARGS`, not yet started.
+    pub fn command<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(paths::casemate());
+        command.args(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self.prepare(&mut command);
+        command
+    }
+
+    /// Gives `command` this host's environment and user.
+    pub fn prepare(&self, command: &mut Command) {
+        command
+            .env_clear()
+            .env(
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            )
+            .env("HOME", self.dir.path().join("home"))
+            .env("XDG_RUNTIME_DIR", self.dir.path().join("run"))
+            .env("CASEMATE_STATE", self.state())
+            .env("CASEMATE_DATA", self.data())
+            .current_dir(self.dir.path());
+        if let Some(uid) = self.user {
+            command.uid(uid).gid(uid);
+        }
+    }
+
+    /// Starts `casemate ARGS`.
+    pub fn start<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Running {
+        Running::start(self.command(args))
+    }
+
+    /// Runs `casemate ARGS` to its end with an empty stdin.
+    pub fn casemate<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Finished {
+        self.start(args).ends()
+    }
+
+    /// Runs `casemate run --rm ARGS` to its end.
+    pub fn run<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Finished {
+        self.start_run(args).ends()
+    }
+
+    /// Starts `casemate run --rm ARGS`.
+    pub fn start_run<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Running {
+        let args = args.into_iter().map(|arg| arg.as_ref().to_owned());
+        self.start(
+            ["run".to_owned(), "--rm".to_owned()]
+                .into_iter()
+                .chain(args),
+        )
+    }
+
+    /// Runs a shell script in a fresh busybox sandbox.
+    pub fn script(&self, script: &str) -> Finished {
+        self.run(["busybox", "sh", "-c", script])
+    }
+
+    /// Processes of this host whose executable has that name, e.g. `casemate-vmm`.
+    pub fn processes(&self, executable: &str) -> Vec<rustix::process::Pid> {
+        leftovers::processes(self.dir.path(), Some(executable))
+    }
+
+    /// No sandbox, scratch disk or process is left, at once or very soon.
+    #[track_caller]
+    pub fn is_clean(&self) {
+        let found = leftovers::after(
+            Duration::from_secs(10),
+            self.dir.path(),
+            &self.state(),
+            &self.data(),
+        );
+        assert!(found.is_empty(), "left behind: {found:#?}");
+    }
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A new directory below the scratch space that any user may enter.
+fn scratch_dir() -> TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    tempfile::Builder::new()
+        .prefix("casemate-e2e-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir_in(paths::scratch())
+        .expect("the scratch space is writable")
+}
+
+/// A store with the fixture images, made once for the whole test process.
+fn loaded_store() -> PathBuf {
+    static STORE: OnceLock<PathBuf> = OnceLock::new();
+    STORE
+        .get_or_init(|| {
+            let host = Host::new();
+            for archive in IMAGES {
+                let archive = paths::fixtures().join(archive);
+                host.casemate(["load", "-i", &archive.to_string_lossy()])
+                    .succeeds();
+            }
+            // Kept for the life of the process: its copies are what tests use.
+            host.dir.keep().join("data")
+        })
+        .clone()
+}
+
+fn copy(from: &Path, to: &Path) {
+    let mut cp = Command::new("cp");
+    cp.arg("-a").arg(from.join(".")).arg(to);
+    assert!(
+        cp.status().is_ok_and(|status| status.success()),
+        "cp of {}",
+        from.display()
+    );
+}

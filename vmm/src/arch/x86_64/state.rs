@@ -1,0 +1,1 @@
+//! Saved state of vCPUs, interrupt controllers and clock.

@@ -1,0 +1,186 @@
+//! Guest memory: private anonymous pages around the device hole, made known to KVM.
+#![allow(unsafe_code)] // reason: madvise and KVM_SET_USER_MEMORY_REGION take addresses
+
+use crate::arch::current::{self as arch, layout};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use std::io;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+/// Smallest guest: its kernel and agent need most of this.
+pub const MIN_MIB: u32 = 32;
+/// Largest guest: 1 TiB.
+pub const MAX_MIB: u32 = 1 << 20;
+/// The guest's kernel log, at the end of low memory: a ramoops zone.
+pub const LOG_SIZE: u64 = 64 << 10;
+
+/// Why guest memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refused the mapping.
+    #[error(
+        "can't map {mib} MiB of guest memory: lower the guest's memory or free some of the host's"
+    )]
+    Map {
+        /// Size asked for.
+        mib: u32,
+        /// The system's answer.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// Regions overlap: the memory map is wrong.
+    #[error("memory regions")]
+    Regions(#[source] vm_memory::GuestRegionCollectionError),
+}
+
+/// Which guest physical addresses are memory: a pure function of its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryMap {
+    bytes: u64,
+}
+
+impl MemoryMap {
+    /// The map of a guest with so much memory.
+    pub fn new(mib: u32) -> Self {
+        Self {
+            bytes: u64::from(mib) << 20,
+        }
+    }
+
+    /// End of the memory below the hole.
+    pub fn low_end(&self) -> u64 {
+        self.bytes.min(layout::HOLE_START)
+    }
+
+    /// Start of the guest log, which ends at [`Self::low_end`].
+    pub fn log_start(&self) -> u64 {
+        self.low_end() - LOG_SIZE
+    }
+
+    /// End of the memory above the hole; the hole's end if there is none.
+    pub fn high_end(&self) -> u64 {
+        layout::HOLE_END + (self.bytes - self.low_end())
+    }
+}
+
+/// The guest's memory; clones of [`GuestMemory::mmap`] share it.
+#[derive(Debug)]
+pub struct GuestMemory {
+    map: MemoryMap,
+    mmap: GuestMemoryMmap,
+}
+
+impl GuestMemory {
+    /// Reserves address space; the host gives pages as the guest touches them.
+    pub fn allocate(mib: u32) -> Result<Self, Error> {
+        let map = MemoryMap::new(mib);
+        let mut regions = vec![region(mib, 0, map.low_end())?];
+        if map.high_end() > layout::HOLE_END {
+            let size = map.high_end() - layout::HOLE_END;
+            regions.push(region(mib, layout::HOLE_END, size)?);
+        }
+        let mmap = GuestMemoryMmap::from_regions(regions).map_err(Error::Regions)?;
+        Ok(Self { map, mmap })
+    }
+
+    /// Which addresses are memory.
+    pub fn map(&self) -> &MemoryMap {
+        &self.map
+    }
+
+    /// The mapping that devices work on.
+    pub fn mmap(&self) -> &GuestMemoryMmap {
+        &self.mmap
+    }
+
+    /// Copies `bytes` to a guest physical address.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), arch::Error> {
+        self.mmap
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|source| arch::Error::Memory { address, source })
+    }
+
+    /// Makes every region a memory slot of the VM.
+    pub fn register(&self, vm: &VmFd) -> Result<(), arch::Error> {
+        for (slot, region) in self.mmap.iter().enumerate() {
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: the range is a mapping of that size; vCPUs and devices stop before it is unmapped,
+            // because the process ends by `exit` and never drops a VM that runs.
+            unsafe { vm.set_user_memory_region(slot) }
+                .map_err(arch::kvm_error("set a memory region"))?;
+        }
+        Ok(())
+    }
+}
+
+fn region(mib: u32, start: u64, size: u64) -> Result<GuestRegionMmap, Error> {
+    let mapping = MmapRegionBuilder::new(size as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|source| Error::Map { mib, source })?;
+    // Fewer, larger faults while the guest boots; the host's administrator has the last word
+    // (/sys/kernel/mm/transparent_hugepage/enabled), so a refusal is no error.
+    let _ = advise(&mapping, libc::MADV_HUGEPAGE);
+    let _ = advise(&mapping, libc::MADV_DONTDUMP);
+    Ok(GuestRegionMmap::new(mapping, GuestAddress(start)).expect("below 2^64"))
+}
+
+fn advise(mapping: &vm_memory::MmapRegion, advice: i32) -> io::Result<()> {
+    // SAFETY: both kinds of advice used here leave the contents as they are; the range is the mapping's own.
+    match unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn map_below_hole_has_no_high_memory() {
+        let map = MemoryMap::new(128);
+
+        assert_eq!(map.low_end(), 128 << 20);
+        assert_eq!(map.log_start(), (128 << 20) - LOG_SIZE);
+        assert_eq!(map.high_end(), layout::HOLE_END);
+    }
+
+    #[test]
+    fn map_above_hole_keeps_the_size() {
+        let map = MemoryMap::new(4096);
+
+        assert_eq!(map.low_end(), layout::HOLE_START);
+        assert_eq!(map.high_end() - layout::HOLE_END + map.low_end(), 4 << 30);
+    }
+
+    #[test]
+    fn allocate_above_hole_leaves_hole_unmapped() {
+        let memory = GuestMemory::allocate(4096).expect("address space");
+
+        memory
+            .write(layout::HOLE_START - 4, b"last")
+            .expect("memory");
+        memory.write(layout::HOLE_END, b"high").expect("memory");
+        assert!(memory.write(layout::HOLE_START, b"hole").is_err());
+        assert!(memory.write(layout::HOLE_START - 2, b"span").is_err());
+    }
+
+    #[test]
+    fn allocate_beyond_address_space_names_the_size() {
+        let error = GuestMemory::allocate(u32::MAX).expect_err("4 PiB");
+
+        assert!(error.to_string().contains("4294967295 MiB"), "{error}");
+    }
+}

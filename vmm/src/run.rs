@@ -1,0 +1,90 @@
+//! The life of a VMM process: confined, booted, served until the guest ends.
+
+use crate::config::{self, Fd, VmConfig};
+use crate::confine::{self, ConfineError, Plan};
+use crate::control::{Message, Phase};
+use crate::control_socket::ControlSocket;
+use crate::ending::Outcome;
+use crate::event_loop::{EventLoop, termination_signals};
+use crate::exit_code;
+use crate::fds::{take, take_file};
+use crate::phases::Phases;
+use crate::vm::{self, Vm, io_error};
+use std::error::Error;
+use std::os::fd::OwnedFd;
+
+/// Descriptors that a VM opens besides those of its configuration: KVM's, epoll, signals.
+const OWN_DESCRIPTORS: u32 = 16;
+/// Per device: its interrupt, its queues' kicks, a timer or two.
+const DESCRIPTORS_PER_DEVICE: u32 = 12;
+/// What one control packet may bring, twice: a swap holds the old and the new files.
+const PASSED_DESCRIPTORS: u32 = 2 * 253;
+
+/// Reads the configuration from an inherited descriptor.
+pub fn read_config(fd: Fd) -> Result<VmConfig, config::Error> {
+    VmConfig::read(take_file(fd).map_err(config::Error::Read)?)
+}
+
+/// Runs the VM to its end, whatever that is.
+pub fn run(config: &VmConfig, mut phases: Phases) -> Outcome {
+    if let Err(error) = enter_confinement(config) {
+        return Outcome::new(exit_code::START_FAILED, chain(&error));
+    }
+    phases.reached(Phase::Confined);
+    let control = match config.control.map(take).transpose() {
+        Ok(socket) => socket.map(ControlSocket::new),
+        Err(error) => {
+            let reason = format!("control socket: {error}");
+            return Outcome::new(exit_code::START_FAILED, reason);
+        }
+    };
+    match start(config, &mut phases) {
+        Ok((vm, signals)) => match EventLoop::new(vm, control, signals) {
+            Ok(event_loop) => event_loop.run(config, &mut phases),
+            Err(error) => Outcome::new(exit_code::START_FAILED, chain(&error)),
+        },
+        Err(error) => {
+            let outcome = Outcome::new(exit_code::START_FAILED, chain(&error));
+            if let Some(control) = control {
+                phases.take().for_each(|message| control.send(&message));
+                control.send(&Message::Ended {
+                    code: outcome.code,
+                    reason: outcome.reason.clone(),
+                    guest_log: String::new(),
+                });
+            }
+            outcome
+        }
+    }
+}
+
+fn start(config: &VmConfig, phases: &mut Phases) -> Result<(Vm, OwnedFd), vm::Error> {
+    let signals = termination_signals().map_err(io_error("signals"))?;
+    let vm = Vm::boot(config, phases)?;
+    Ok((vm, signals))
+}
+
+fn enter_confinement(config: &VmConfig) -> Result<(), ConfineError> {
+    let keep_fds = config.descriptors();
+    let plan = Plan {
+        level: config.confinement,
+        keep_fds: &keep_fds,
+        max_open_files: keep_fds.len() as u32
+            + OWN_DESCRIPTORS
+            + u32::from(config.vcpus)
+            + DESCRIPTORS_PER_DEVICE * config.devices() as u32
+            + PASSED_DESCRIPTORS,
+    };
+    confine::enter(&plan).map(drop)
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text += &format!(": {source}");
+        cause = source.source();
+    }
+    text
+}
