@@ -261,12 +261,15 @@ fn limits(pid: Pid, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
+/// The tasks of a process's input and outputs.
+type Pumps = (Option<JoinHandle<()>>, Vec<JoinHandle<()>>);
+
 fn start_pumps(
     connections: Connections,
     [stdin, stdout, stderr]: [Option<OwnedFd>; 3],
     terminal: Option<&Arc<Conn>>,
     exited: &watch::Receiver<bool>,
-) -> Result<(Option<JoinHandle<()>>, Vec<JoinHandle<()>>)> {
+) -> Result<Pumps> {
     let adopt = |fd: OwnedFd| Conn::new(fd).attempt(|| "watch a pipe".into());
     if let Some(terminal) = terminal {
         let input = connections
