@@ -536,6 +536,7 @@ impl Endpoint {
                     again,
                 }
             }
+            OciDistributionError::IoError(e) if timed_out(&e) => self.stalled(what),
             OciDistributionError::IoError(e) => {
                 let message = format!("the connection broke while fetching {what}");
                 Failure {
@@ -560,6 +561,12 @@ impl Endpoint {
             }
         }
     }
+}
+
+/// Whether a body's stream broke because nothing came for too long: the client's error is inside.
+fn timed_out(error: &std::io::Error) -> bool {
+    let inner = error.get_ref().and_then(|e| e.downcast_ref());
+    inner.is_some_and(reqwest::Error::is_timeout)
 }
 
 /// Registries on this machine seldom have certificates.
