@@ -168,12 +168,8 @@ impl<'a> Layer<'a> {
             return self.hard_link(entry, directory, name);
         }
         let attributes = self.attributes(entry)?;
-        let hid = self
-            .tree
-            .lookup(directory, name)
-            .is_some_and(|id| self.tree.inode(id).is_whiteout());
         if entry.kind == Kind::Directory {
-            return self.directory(directory, name, attributes, hid);
+            return self.directory(directory, name, attributes);
         }
         let body = match entry.kind {
             Kind::Regular => self.file_data(entry, archive)?,
@@ -242,25 +238,17 @@ impl<'a> Layer<'a> {
         Ok(())
     }
 
-    fn directory(
-        &mut self,
-        parent: InodeId,
-        name: &[u8],
-        attributes: Attributes,
-        hid: bool,
-    ) -> Result<()> {
-        match self.tree.lookup(parent, name) {
-            Some(id) if self.tree.inode(id).is_directory() => {
-                let inode = self.tree.inode_mut(id);
-                inode.attributes = attributes;
-                inode.implied = false;
-            }
-            _ => {
-                let id = self.tree.add_directory(parent, name, attributes)?;
-                // Whited out and made anew: the lower layers' directory doesn't shine through.
-                self.tree.inode_mut(id).opaque = hid;
-            }
+    fn directory(&mut self, parent: InodeId, name: &[u8], attributes: Attributes) -> Result<()> {
+        let existing = self.tree.lookup(parent, name);
+        if let Some(id) = existing.filter(|&id| self.tree.inode(id).is_directory()) {
+            let inode = self.tree.inode_mut(id);
+            inode.attributes = attributes;
+            inode.implied = false;
+            return Ok(());
         }
+        let id = self.tree.add_directory(parent, name, attributes)?;
+        // In place of a whiteout or a file of this layer: the lower layers' directory doesn't shine through.
+        self.tree.inode_mut(id).opaque = existing.is_some();
         Ok(())
     }
 

@@ -377,3 +377,6 @@ fn renumber(tree: &mut Tree, numbers: &[Option<u16>]) {
         *device = renumbered(*device);
     }
 }
+
+#[cfg(test)]
+mod tests;

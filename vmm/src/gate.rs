@@ -30,9 +30,9 @@ struct State {
 #[error("{0} vCPUs did not stop within {PATIENCE:?}")]
 pub struct Stuck(usize);
 
-impl Gate {
+impl Default for Gate {
     /// A closed gate with nobody behind it.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             closed: AtomicBool::new(true),
             state: Mutex::new(State {
@@ -43,7 +43,9 @@ impl Gate {
             changed: Condvar::new(),
         }
     }
+}
 
+impl Gate {
     /// A thread has done what comes before its first entry.
     pub fn arrive(&self) {
         lock(&self.state).arrived += 1;
@@ -111,7 +113,7 @@ mod tests {
 
     #[test]
     fn enter_waits_until_open_and_close_waits_until_empty() {
-        let gate = Arc::new(Gate::new());
+        let gate = Arc::new(Gate::default());
         let inside = Arc::new(AtomicUsize::new(0));
         let threads: Vec<_> = (0..4)
             .map(|_| {

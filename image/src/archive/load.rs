@@ -114,8 +114,7 @@ impl Store {
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
             workers
                 .into_iter()
-                .map(|worker| worker.join().map_err(|_| Error::Worker("a conversion"))?)
-                .collect::<Result<()>>()
+                .try_for_each(|worker| worker.join().map_err(|_| Error::Worker("a conversion"))?)
         })?;
         let manifest = match manifest {
             Some(manifest) => manifest,

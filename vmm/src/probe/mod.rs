@@ -117,7 +117,7 @@ pub fn run(device: File) -> Result<(), ProbeError> {
     let shared = Arc::new(Shared {
         ports,
         mmio: Bus::default(),
-        gate: Gate::new(),
+        gate: Gate::default(),
         ending,
     });
     let vcpu = Vcpu::spawn(0, fd, shared.clone(), || Ok(())).map_err(system)?;
