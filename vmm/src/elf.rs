@@ -80,7 +80,7 @@ pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded, Error> {
         }
         end = end.max(segment_end);
         memory
-            .copy_file(start, file, segment.offset, segment.file_size)
+            .read_file(start, file, segment.offset, segment.file_size)
             .map_err(|source| Error::Read {
                 what: "a segment",
                 source,

@@ -5,8 +5,7 @@ use crate::arch::current::{self as arch, layout};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
+use std::io::{self, Seek, SeekFrom};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -17,7 +16,6 @@ use vm_memory::{
 pub const MIN_MIB: u32 = 32;
 /// Largest guest: 1 TiB.
 pub const MAX_MIB: u32 = 1 << 20;
-const PAGE: u64 = 4096;
 /// The guest's kernel log, at the end of low memory: a ramoops zone.
 pub const LOG_SIZE: u64 = 64 << 10;
 
@@ -107,40 +105,19 @@ impl GuestMemory {
             .map_err(|source| arch::Error::Memory { address, source })
     }
 
-    /// Copies part of a file to a guest physical address, straight from the page cache: reading
-    /// it takes twice the instructions where the processor has no fast string copy.
-    pub fn copy_file(&self, address: u64, file: &File, offset: u64, size: u64) -> io::Result<()> {
-        if size == 0 {
-            return Ok(());
-        }
-        // Behind a file's end lies SIGBUS. Kernel and initrd are replaced as a whole, never cut.
-        if offset.saturating_add(size) > file.metadata()?.len() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let skipped = offset % PAGE;
-        let length = (skipped + size) as usize;
-        // SAFETY: a new mapping, of a range that the file has.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                libc::PROT_READ,
-                libc::MAP_PRIVATE | libc::MAP_POPULATE,
-                file.as_raw_fd(),
-                (offset - skipped) as libc::off_t,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the mapping is readable and of that length; nothing writes to it.
-        let content = unsafe { std::slice::from_raw_parts(start.cast::<u8>(), length) };
-        let copied = self
-            .mmap
-            .write_slice(&content[skipped as usize..], GuestAddress(address));
-        // SAFETY: it is our own mapping, and `content` is not used any more.
-        unsafe { libc::munmap(start, length) };
-        copied.map_err(io::Error::other)
+    /// Reads part of a file to a guest physical address. (A mapping and a copy instead of
+    /// `read` cost a third more instructions: 7.7 against 5.7 million for 12 MB.)
+    pub fn read_file(
+        &self,
+        address: u64,
+        mut file: &File,
+        offset: u64,
+        size: u64,
+    ) -> io::Result<()> {
+        file.seek(SeekFrom::Start(offset))?;
+        self.mmap
+            .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
+            .map_err(io::Error::other)
     }
 
     /// Makes every region a memory slot of the VM.

@@ -207,7 +207,7 @@ fn load_initrd(memory: &GuestMemory, fd: Fd, kernel_end: u64) -> Result<(u64, u6
         return Err(too_large);
     }
     memory
-        .copy_file(address, &file, 0, size)
+        .read_file(address, &file, 0, size)
         .map_err(Error::Initrd)?;
     Ok((address, size))
 }
