@@ -131,7 +131,8 @@ impl<'a> Layer<'a> {
         apply_marks(&mut self.tree, self.has_links)?;
         let start = self.blob.position() / BLOCK;
         let metadata =
-            erofs::write_metadata(&self.tree, &mut self.blob, start, None, uuid(diff_id))?;
+            erofs::write_metadata(&self.tree, &mut self.blob, start, None, uuid(diff_id))
+                .map_err(|e| e.at(path))?;
         self.blob.flush().map_err(failed)?;
         let blob_bytes = u64::from(metadata.blocks) * BLOCK;
         self.file.set_len(blob_bytes).map_err(failed)?;
@@ -168,12 +169,8 @@ impl<'a> Layer<'a> {
             return self.hard_link(entry, directory, name);
         }
         let attributes = self.attributes(entry)?;
-        let hid = self
-            .tree
-            .lookup(directory, name)
-            .is_some_and(|id| self.tree.inode(id).is_whiteout());
         if entry.kind == Kind::Directory {
-            return self.directory(directory, name, attributes, hid);
+            return self.directory(directory, name, attributes);
         }
         let body = match entry.kind {
             Kind::Regular => self.file_data(entry, archive)?,
@@ -242,25 +239,17 @@ impl<'a> Layer<'a> {
         Ok(())
     }
 
-    fn directory(
-        &mut self,
-        parent: InodeId,
-        name: &[u8],
-        attributes: Attributes,
-        hid: bool,
-    ) -> Result<()> {
-        match self.tree.lookup(parent, name) {
-            Some(id) if self.tree.inode(id).is_directory() => {
-                let inode = self.tree.inode_mut(id);
-                inode.attributes = attributes;
-                inode.implied = false;
-            }
-            _ => {
-                let id = self.tree.add_directory(parent, name, attributes)?;
-                // Whited out and made anew: the lower layers' directory doesn't shine through.
-                self.tree.inode_mut(id).opaque = hid;
-            }
+    fn directory(&mut self, parent: InodeId, name: &[u8], attributes: Attributes) -> Result<()> {
+        let existing = self.tree.lookup(parent, name);
+        if let Some(id) = existing.filter(|&id| self.tree.inode(id).is_directory()) {
+            let inode = self.tree.inode_mut(id);
+            inode.attributes = attributes;
+            inode.implied = false;
+            return Ok(());
         }
+        let id = self.tree.add_directory(parent, name, attributes)?;
+        // In place of a whiteout or a file of this layer: the lower layers' directory doesn't shine through.
+        self.tree.inode_mut(id).opaque = existing.is_some();
         Ok(())
     }
 

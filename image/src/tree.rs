@@ -95,7 +95,9 @@ impl XattrId {
 }
 
 /// Extended attributes by full name, sorted.
-pub(crate) type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+pub(crate) type Xattrs = Vec<Xattr>;
+/// Full name and value.
+pub(crate) type Xattr = (Box<[u8]>, Box<[u8]>);
 
 #[derive(Clone, Debug)]
 pub(crate) struct Inode {

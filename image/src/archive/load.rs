@@ -9,8 +9,9 @@ use crate::convert::{Expected, mismatch};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::progress::Event;
+use crate::reference::parse_reference;
 use crate::registry::{Descriptor, Manifest, Select, parse, select};
-use crate::store::{Config, Image, LoadOptions, LoadSource, Store, UseLock, parse_reference};
+use crate::store::{Config, Image, LoadOptions, LoadSource, Store, UseLock};
 
 use super::input::{Input, Part};
 use super::*;
@@ -114,8 +115,7 @@ impl Store {
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
             workers
                 .into_iter()
-                .map(|worker| worker.join().map_err(|_| Error::Worker("a conversion"))?)
-                .collect::<Result<()>>()
+                .try_for_each(|worker| worker.join().map_err(|_| Error::Worker("a conversion"))?)
         })?;
         let manifest = match manifest {
             Some(manifest) => manifest,

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use hashbrown::HashMap;
 
 use crate::error::{Error, Result};
-use crate::tree::{Attributes, ChunkMap, LINK_MAX, NAME_MAX, XattrId, Xattrs};
+use crate::tree::{Attributes, ChunkMap, LINK_MAX, NAME_MAX, Xattr, XattrId, Xattrs};
 
 use super::format::*;
 use super::xattr::prefix;
@@ -366,7 +366,7 @@ impl<S: Source> Reader<S> {
         Ok(all)
     }
 
-    fn xattr(&self, position: u64) -> Result<((Box<[u8]>, Box<[u8]>), u64)> {
+    fn xattr(&self, position: u64) -> Result<(Xattr, u64)> {
         let head = Fields(self.bytes(position, 4)?);
         let (name_length, size) = (u64::from(head.0[0]), u64::from(head.u16(2)));
         let prefix = prefix(head.0[1]).ok_or_else(|| bad("unknown attribute prefix", position))?;

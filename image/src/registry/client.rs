@@ -125,12 +125,10 @@ impl Endpoint {
         };
         // One provider for the process; if another part of it was faster, that one serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let timeout = Some(Duration::from_secs(limits.stall_seconds));
-        let connect_timeout = Some(Duration::from_secs(limits.connect_seconds));
+        let timeout = Duration::from_secs(limits.stall_seconds);
+        let connect_timeout = Duration::from_secs(limits.connect_seconds);
         let mut http = reqwest::Client::builder().user_agent(USER_AGENT);
-        http = http
-            .read_timeout(timeout.unwrap_or_default())
-            .connect_timeout(connect_timeout.unwrap_or_default());
+        http = http.read_timeout(timeout).connect_timeout(connect_timeout);
         for certificate in &certificates {
             let parsed = reqwest::Certificate::from_pem(&certificate.data).map_err(|e| {
                 failed(
@@ -150,8 +148,8 @@ impl Endpoint {
                 ClientProtocol::Https
             },
             extra_root_certificates: certificates,
-            read_timeout: timeout,
-            connect_timeout,
+            read_timeout: Some(timeout),
+            connect_timeout: Some(connect_timeout),
             user_agent: USER_AGENT,
             ..ClientConfig::default()
         })
@@ -194,7 +192,13 @@ impl Endpoint {
             .auth(&self.reference, &self.auth, RegistryOperation::Pull)
             .await
             .map_err(|e| self.failure(e, "the manifest"))?;
-        let url = format!("{}/manifests/{tag_or_digest}", self.base);
+        // A mirror of several registries is told which one is meant, as containerd does.
+        let namespace = self
+            .reference
+            .namespace()
+            .map(|name| format!("?ns={name}"))
+            .unwrap_or_default();
+        let url = format!("{}/manifests/{tag_or_digest}{namespace}", self.base);
         let mut request = self.http.get(url).header("Accept", MANIFEST_TYPES);
         request = match (&token, &self.auth) {
             (Some(token), _) => request.bearer_auth(token),
@@ -536,6 +540,7 @@ impl Endpoint {
                     again,
                 }
             }
+            OciDistributionError::IoError(e) if timed_out(&e) => self.stalled(what),
             OciDistributionError::IoError(e) => {
                 let message = format!("the connection broke while fetching {what}");
                 Failure {
@@ -560,6 +565,13 @@ impl Endpoint {
             }
         }
     }
+}
+
+/// Whether a broken stream is one that fell silent.
+fn timed_out(e: &std::io::Error) -> bool {
+    e.get_ref()
+        .and_then(|e| e.downcast_ref::<reqwest::Error>())
+        .is_some_and(reqwest::Error::is_timeout)
 }
 
 /// Registries on this machine seldom have certificates.
