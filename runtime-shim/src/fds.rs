@@ -1,18 +1,21 @@
 //! Handing open descriptors to a child process: those named and no others.
 //!
 //! Everything we open is close-on-exec. For the one `spawn` that shall pass a
-//! descriptor on, the flag is taken off it and put back right after, which is
-//! free of races because these programs spawn from one thread only.
+//! descriptor on, the flag is taken off it and put back right after; a lock keeps
+//! another such `spawn` from passing it on too.
 
 use rustix::io::FdFlags;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
+use std::sync::Mutex;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Starts `command` with `passed` open in it, under the numbers they have here.
 pub fn spawn_with(command: &mut Command, passed: &[BorrowedFd<'_>]) -> io::Result<Child> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _held = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
     let set_all = |flags| -> io::Result<()> {
         for fd in passed {
             rustix::io::fcntl_setfd(fd, flags)?;

@@ -125,22 +125,18 @@ pub(crate) fn starts(at: &Installed, samples: usize) -> Result<()> {
     emit(&Figure::plain("run", "ms", repeat(samples, run)?))
 }
 
-/// Milliseconds of each phase, from `casemate run --timing`.
+/// Milliseconds of each phase, from `casemate run --timing=json`.
 fn phases(at: &Installed) -> Result<BTreeMap<String, f64>> {
     let out = at
-        .casemate(&["run", "--rm", "--timing", "busybox", "/bin/true"])
+        .casemate(&["run", "--rm", "--timing=json", "busybox", "/bin/true"])
         .output()?;
-    let text =
-        String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
-    // Lines of the table end in one or more numbers of milliseconds after the phase's name.
-    let row = |line: &str| {
-        let at = line.find("  ")?;
-        let number = line[at..]
-            .split_whitespace()
-            .find_map(|word| word.parse::<f64>().ok())?;
-        Some((line[..at].trim().to_owned(), number))
-    };
-    Ok(text.lines().filter_map(row).collect())
+    let text = String::from_utf8_lossy(&out.stderr);
+    let line = text.lines().find(|line| line.starts_with('{'));
+    let line = line.with_context(|| format!("--timing=json printed {text:?}"))?;
+    let mut document: serde_json::Value = serde_json::from_str(line)?;
+    Ok(serde_json::from_value(
+        document["casemate_timing_ms"].take(),
+    )?)
 }
 
 /// Kernel, agent and an idle shell: what is not free of a 128 MiB guest, page tables and page cache included.

@@ -156,7 +156,7 @@ pub(crate) fn table(figures: &[Figure], clock: &str) -> String {
     }
     for (key, title) in [
         ("boot_exits", "VM exits of a boot by reason"),
-        ("run_vs_runc", "Phases of a run, ms"),
+        ("run_vs_runc", "Phases of a run, ms, the longest first"),
     ] {
         let Some(figure) = figures
             .iter()
@@ -165,9 +165,7 @@ pub(crate) fn table(figures: &[Figure], clock: &str) -> String {
             continue;
         };
         let mut details: Vec<_> = figure.details.iter().collect();
-        if key == "boot_exits" {
-            details.sort_by(|one, two| two.1.total_cmp(one.1));
-        }
+        details.sort_by(|one, two| two.1.total_cmp(one.1));
         let list: Vec<String> = details
             .iter()
             .map(|(name, value)| format!("{name} {}", number(**value)))

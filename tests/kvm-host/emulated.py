@@ -28,6 +28,14 @@ TIMED_OUT = 124
 CONSOLE_LINES = 30
 HERE = os.path.dirname(os.path.realpath(__file__))
 
+# SVM's exit codes, by the names of AMD's manual.
+EXIT_NAMES = {
+    0x00: "cr0_read", 0x04: "cr4_read", 0x10: "cr0_write", 0x13: "cr3_write", 0x14: "cr4_write",
+    0x60: "intr", 0x61: "nmi", 0x64: "vintr", 0x65: "cr0_sel_write", 0x72: "cpuid", 0x77: "pause", 0x78: "hlt",
+    0x79: "invlpg", 0x7B: "ioio", 0x7C: "msr", 0x7F: "shutdown", 0x81: "vmmcall", 0x89: "wbinvd", 0x8A: "monitor",
+    0x8B: "mwait", 0x8D: "xsetbv", 0x400: "npf",
+}  # fmt: skip
+
 # Variables that a command may count on; all others are the emulated host's own.
 PASSED = ("LANG", "LC_ALL", "TERM", "USER", "LOGNAME", "SHELL", "PATH", "HOME")
 PASSED_PREFIXES = ("CASEMATE_", "CARGO_", "RUST")
@@ -117,16 +125,15 @@ class Run:
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: self._end(128 + number))
-        caller, left = os.getppid(), options.timeout
-        while not self._done.wait(min(left, 1)):
-            left -= 1
-            if left <= 0:
+        caller, deadline = os.getppid(), time.monotonic() + options.timeout
+        while not self._done.wait(1):
+            if time.monotonic() > deadline:
                 self._complain(f"the time limit of {options.timeout:g} s is over")
                 return TIMED_OUT
             if os.getppid() != caller:
                 return HOST_FAILED
         for stream in streams if self._exited else []:
-            stream.join(max(left, 1))
+            stream.join(max(deadline - time.monotonic(), 1))
             if not stream.complete:
                 self._complain("the command ended, but its output did not")
                 return TIMED_OUT
@@ -149,7 +156,7 @@ class Run:
                     self._end(int(rest))
                 elif word == "exits":
                     count, _, reason = rest.partition(" ")
-                    self._exits[reason.strip()] = int(count)
+                    self._exits[EXIT_NAMES.get(int(reason), f"svm_{int(reason):#x}")] = int(count)
 
     def _read_console(self):
         with self._ports["console"].makefile("rb") as lines:
@@ -297,7 +304,10 @@ class Run:
         for item in copies:
             source, _, target = item.partition(":")
             source = os.path.abspath(source)
-            archive.copy(source, target or source, "/copied")
+            if target:
+                archive.copy(source, target, "/copied")
+            else:
+                archive.copy_at_own_path(source, "/copied")
         archive.copy(os.path.realpath(busybox), "/usr/bin/busybox", "/copied")
         applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
         for applet in applets:

@@ -21,7 +21,7 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
             })
             .collect();
         found.extend(sandboxes(state));
-        found.extend(entries(&data.join("scratch")));
+        found.extend(disks(&data.join("scratch")));
         if found.is_empty() || Instant::now() > deadline {
             return found;
         }
@@ -29,7 +29,7 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
     }
 }
 
-/// Directories of sandboxes: `state/<namespace>/<id>`.
+/// Directories of sandboxes: `state/<namespace>/<id>`; the names in use are in a directory beside them.
 fn sandboxes(state: &Path) -> Vec<String> {
     let Ok(namespaces) = fs::read_dir(state) else {
         return Vec::new();
@@ -42,23 +42,22 @@ fn sandboxes(state: &Path) -> Vec<String> {
                 .flatten()
                 .flatten()
         })
-        .filter(|sandbox| sandbox.path().is_dir())
+        .filter(|sandbox| sandbox.path().is_dir() && sandbox.file_name() != "names")
         .map(|sandbox| sandbox.path().display().to_string())
         .collect()
 }
 
-/// Scratch disks; the cached templates that they are copied from have a directory or a name of their own.
-fn entries(scratch: &Path) -> Vec<String> {
+/// Scratch disks, wherever below the directory they are.
+fn disks(scratch: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(scratch) else {
         return Vec::new();
     };
     entries
         .flatten()
-        .filter(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            name.ends_with(".img") && !name.contains("template")
+        .flat_map(|entry| match entry.path() {
+            path if path.is_dir() => disks(&path),
+            path => vec![path.display().to_string()],
         })
-        .map(|entry| entry.path().display().to_string())
         .collect()
 }
 

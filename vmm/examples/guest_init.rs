@@ -6,6 +6,8 @@
 use std::arch::asm;
 use std::ffi::CString;
 use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::FromRawFd;
 
 const POWER_PORT: u16 = casemate_protocol::POWER_PORT;
 
@@ -55,10 +57,12 @@ fn run(step: &str) {
                 fs::read_to_string(source).unwrap_or_default().trim()
             );
         }
-        "count" => (0..).for_each(|count| {
-            println!("count {count}");
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }),
+        "count" => {
+            for count in 0..1_000_000 {
+                println!("count {count}");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
         "interrupts" => println!(
             "{}",
             fs::read_to_string("/proc/interrupts").unwrap_or_default()
@@ -68,12 +72,45 @@ fn run(step: &str) {
                 if let Ok(size) = fs::read_to_string(format!("/sys/block/{disk}/size")) {
                     let mut first = [0; 16];
                     let read = fs::File::open(format!("/dev/{disk}"))
-                        .and_then(|mut file| std::io::Read::read(&mut file, &mut first));
+                        .and_then(|mut file| file.read(&mut first));
                     println!("disk {disk} {} {read:?} {first:?}", size.trim());
                 }
             }
         }
+        // Long enough for a test to do something in between.
+        "wait" => std::thread::sleep(std::time::Duration::from_secs(2)),
+        "vsock" => match vsock(casemate_protocol::HOST_CID, casemate_protocol::CONTROL_PORT) {
+            Ok(mut stream) => {
+                let mut word = [0; 4];
+                let read = stream.read_exact(&mut word);
+                println!("vsock {} {read:?}", String::from_utf8_lossy(&word));
+                let _ = stream.write_all(b"pong");
+            }
+            Err(error) => println!("vsock {error}"),
+        },
         other => println!("unknown step {other}"),
+    }
+}
+
+/// A connection to a port of the host.
+fn vsock(cid: u32, port: u32) -> io::Result<fs::File> {
+    // SAFETY: socket(2) touches no memory.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was opened just now.
+    let stream = unsafe { fs::File::from_raw_fd(fd) };
+    // SAFETY: plain numbers, for which zero is valid.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as u16;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    let size = size_of_val(&address) as u32;
+    // SAFETY: the address is valid and of that size.
+    match unsafe { libc::connect(fd, (&raw const address).cast(), size) } {
+        0 => Ok(stream),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -95,6 +132,8 @@ fn mount(kind: &str, at: &str) {
 }
 
 fn power(byte: u8) -> ! {
+    // SAFETY: waits until the console has sent everything; without a console it fails at once.
+    unsafe { libc::tcdrain(1) };
     // SAFETY: a port write touches no memory; `ioperm` has allowed it.
     unsafe { asm!("out dx, al", in("dx") POWER_PORT, in("al") byte, options(nomem, nostack)) };
     loop {

@@ -2,7 +2,7 @@
 
 use crate::arch::current::layout;
 use crate::bus::Bus;
-use crate::config::{Confinement, DiskConfig, VmConfig, VsockConfig};
+use crate::config::{Confinement, DiskConfig, NetConfig, VmConfig, VsockConfig};
 use crate::confine::seccomp::{self, ThreadKind};
 use crate::fds::{take, take_file};
 use crate::memory::GuestMemory;
@@ -10,8 +10,10 @@ use crate::phases::monotonic_ns;
 use crate::poller::Poller;
 use crate::sync::lock;
 use crate::virtio::Device;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Block, BlockArgs};
 use crate::virtio::mmio::{Args, QUEUE_NOTIFY, Transport};
+use crate::virtio::net::{Net, NetArgs};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -22,6 +24,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Longest that the VM's end waits for readers of what the guest has sent.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// Why a device could not be put on the bus.
 #[derive(Debug, thiserror::Error)]
@@ -59,8 +65,10 @@ struct Slot {
 pub struct Devices {
     slots: Vec<Slot>,
     disks: Vec<Arc<Mutex<Block>>>,
+    nets: Vec<Arc<Mutex<Net>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
     rng: Option<Arc<Mutex<Rng>>>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
     /// CLOCK_MONOTONIC of the guest's first vsock connection in ns; 0: none yet, or told already.
     connected_at: Arc<AtomicU64>,
 }
@@ -86,6 +94,11 @@ impl Devices {
             place.attach(&mut devices, block.clone())?;
             devices.disks.push(block);
         }
+        for (net, index) in config.nets.iter().zip(0..) {
+            let net = shared(make(&format!("eth{index}"), open_net(net))?);
+            place.attach(&mut devices, net.clone())?;
+            devices.nets.push(net);
+        }
         if let Some(vsock) = &config.vsock {
             let connected_at = devices.connected_at.clone();
             let vsock = shared(make("vsock", open_vsock(vsock, connected_at))?);
@@ -95,6 +108,11 @@ impl Devices {
         let rng = shared(Rng::new());
         place.attach(&mut devices, rng.clone())?;
         devices.rng = Some(rng);
+        if config.balloon {
+            let balloon = shared(Balloon::new(config.memory_mib));
+            place.attach(&mut devices, balloon.clone())?;
+            devices.balloon = Some(balloon);
+        }
         Ok(devices)
     }
 
@@ -110,6 +128,13 @@ impl Devices {
         let vsock = self.vsock.as_ref().ok_or("no vsock device")?;
         let listening = lock(vsock).listen(port, UnixStream::from(socket));
         listening.map_err(|error| error.to_string())
+    }
+
+    /// Asks the guest to give up so much memory.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), String> {
+        let balloon = self.balloon.as_ref().ok_or("no balloon device")?;
+        let set = lock(balloon).set_target(mib);
+        set.map_err(|error| error.to_string())
     }
 
     /// When the guest first connected, said once.
@@ -136,11 +161,19 @@ impl Devices {
             let disk = lock(disk);
             add(&format!("blk.{}", disk.disk_id()), disk.counters());
         }
+        for (net, index) in self.nets.iter().zip(0..) {
+            add(&format!("net.eth{index}"), lock(net).counters());
+        }
         if let Some(vsock) = &self.vsock {
             add("vsock", lock(vsock).counters());
         }
         if let Some(rng) = &self.rng {
             add("rng", lock(rng).counters());
+        }
+        if let Some(balloon) = &self.balloon {
+            let mut balloon = lock(balloon);
+            add("balloon", balloon.counters());
+            balloon.request_stats(); // they are there at the next question
         }
     }
 
@@ -169,6 +202,26 @@ impl Devices {
     /// Stops all work; everything in flight is completed.
     pub fn pause(&self) {
         self.slots.iter().for_each(|slot| slot.transport.pause());
+    }
+
+    /// The end, vCPUs stopped: what the guest has sent or written reaches its destination.
+    /// Returns what could not be done, for a person.
+    pub fn finish(&self) -> Vec<String> {
+        let mut losses = Vec::new();
+        if let Some(vsock) = &self.vsock {
+            match lock(vsock).drain(DRAIN) {
+                0 => {}
+                lost => losses.push(format!("{lost} bytes from the guest were not read in time")),
+            }
+        }
+        self.pause();
+        for disk in &self.disks {
+            let disk = lock(disk);
+            if let Err(error) = disk.flush() {
+                losses.push(format!("disk {}: not flushed: {error}", disk.disk_id()));
+            }
+        }
+        losses
     }
 
     /// Undoes [`Self::pause`].
@@ -208,6 +261,15 @@ fn open_disk(disk: &DiskConfig, confinement: Confinement) -> io::Result<Block> {
             Confinement::Off => None,
             Confinement::Full => Some(Box::new(filter)),
         },
+    })
+}
+
+fn open_net(net: &NetConfig) -> io::Result<Net> {
+    Net::new(NetArgs {
+        tap: take(net.tap)?,
+        mac: net.mac,
+        mtu: net.mtu,
+        rate_limit: net.rate_limit,
     })
 }
 

@@ -9,7 +9,7 @@ use crate::exit_code;
 use crate::guest_log;
 use crate::phases::Phases;
 use crate::poller::{Event, Source};
-use crate::vcpu::ExitClass;
+use crate::vcpu::{ExitClass, Vcpu};
 use crate::vm::{Error, Vm, io_error};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -44,10 +44,15 @@ impl EventLoop {
 
     /// Runs the guest until it ends.
     pub fn run(mut self, config: &VmConfig, phases: &mut Phases) -> Outcome {
+        // Behind its filter each vCPU waits at the gate; this thread's comes last.
+        self.vm.shared.gate.wait_for(self.vm.vcpus.len());
+        if let Some(outcome) = self.vm.shared.ending.outcome().cloned() {
+            return self.finish(outcome);
+        }
         if config.confinement != Confinement::Off
             && let Err(error) = seccomp::install(ThreadKind::EventLoop)
         {
-            return Outcome::new(exit_code::START_FAILED, error.to_string());
+            return self.finish(Outcome::new(exit_code::START_FAILED, error.to_string()));
         }
         phases.reached(Phase::FirstRun);
         self.vm.shared.gate.open();
@@ -137,7 +142,7 @@ impl EventLoop {
                     .map_err(|d| format!("vsock-listen takes one descriptor, got {}", d.len()))?;
                 self.vm.devices.listen(port, socket)?;
             }
-            Command::Balloon { .. } => return Err("no balloon device".into()),
+            Command::Balloon { mib } => self.vm.devices.set_balloon(mib)?,
             Command::Stop => {} // the caller ends the loop
         }
         Ok(Answer::Done)
@@ -145,20 +150,21 @@ impl EventLoop {
 
     /// Stops vCPUs, then devices. Idempotent.
     fn pause(&mut self) -> Result<(), String> {
-        if !self.running {
-            return Ok(());
+        if self.running {
+            self.stop_vcpus()?;
+            self.vm.devices.pause();
         }
-        let vcpus = &self.vm.vcpus;
-        let closed = self
-            .vm
-            .shared
-            .gate
-            .close(|| vcpus.iter().for_each(|vcpu| vcpu.kick()));
-        if let Err(stuck) = closed {
-            self.vm.shared.gate.open();
-            return Err(stuck.to_string());
-        }
-        self.vm.devices.pause();
+        Ok(())
+    }
+
+    /// When it can't stop all of them, it lets them run on.
+    fn stop_vcpus(&mut self) -> Result<(), String> {
+        let Vm { vcpus, shared, .. } = &self.vm;
+        let kick = || vcpus.iter().for_each(Vcpu::kick);
+        shared.gate.close(kick).map_err(|stuck| {
+            shared.gate.open();
+            stuck.to_string()
+        })?;
         self.running = false;
         Ok(())
     }
@@ -186,14 +192,22 @@ impl EventLoop {
 
     /// Stops devices so that nothing is lost, and tells the shim how it ended.
     fn finish(mut self, mut outcome: Outcome) -> Outcome {
-        if let Err(stuck) = self.pause() {
-            eprintln!("casemate-vmm: {stuck}"); // and so disks are as a power cut leaves them
+        // With a vCPU that doesn't stop, disks stay as a power cut leaves them.
+        let losses = match self.stop_vcpus() {
+            Ok(()) => self.vm.devices.finish(),
+            Err(stuck) => vec![stuck],
+        };
+        for loss in &losses {
+            eprintln!("casemate-vmm: {loss}");
         }
         let orderly = matches!(outcome.code, exit_code::SHUTDOWN | exit_code::STOPPED);
         let guest_log = match orderly {
             true => String::new(),
             false => guest_log::tail(&self.vm.memory),
         };
+        if outcome.code == exit_code::KVM_FAILED {
+            outcome.reason += "; `casemate check` tells whether this host runs normal guests";
+        }
         if outcome.code == exit_code::RESET && guest_log::has_panic(&guest_log) {
             outcome = Outcome::new(exit_code::PANIC, "the guest's kernel panicked");
         }

@@ -19,6 +19,8 @@ pub struct Gate {
 
 struct State {
     closed: bool,
+    /// Threads that are ready to enter for the first time.
+    arrived: usize,
     /// Threads inside the guest or in an exit's work.
     running: usize,
 }
@@ -28,17 +30,35 @@ struct State {
 #[error("{0} vCPUs did not stop within {PATIENCE:?}")]
 pub struct Stuck(usize);
 
-impl Gate {
+impl Default for Gate {
     /// A closed gate with nobody behind it.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             closed: AtomicBool::new(true),
             state: Mutex::new(State {
                 closed: true,
+                arrived: 0,
                 running: 0,
             }),
             changed: Condvar::new(),
         }
+    }
+}
+
+impl Gate {
+    /// A thread has done what comes before its first entry.
+    pub fn arrive(&self) {
+        lock(&self.state).arrived += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many threads have arrived.
+    pub fn wait_for(&self, threads: usize) {
+        let state = lock(&self.state);
+        let _arrived = self
+            .changed
+            .wait_while(state, |state| state.arrived < threads)
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
     }
 
     /// Waits until the gate is open and goes in.
@@ -93,12 +113,13 @@ mod tests {
 
     #[test]
     fn enter_waits_until_open_and_close_waits_until_empty() {
-        let gate = Arc::new(Gate::new());
+        let gate = Arc::new(Gate::default());
         let inside = Arc::new(AtomicUsize::new(0));
         let threads: Vec<_> = (0..4)
             .map(|_| {
                 let (gate, inside) = (gate.clone(), inside.clone());
                 std::thread::spawn(move || {
+                    gate.arrive();
                     gate.enter();
                     inside.fetch_add(1, Ordering::SeqCst);
                     while !gate.is_closed() {
@@ -109,6 +130,7 @@ mod tests {
                 })
             })
             .collect();
+        gate.wait_for(4);
         assert_eq!(inside.load(Ordering::SeqCst), 0);
 
         gate.open();

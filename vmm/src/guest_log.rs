@@ -65,7 +65,9 @@ fn escape(bytes: &[u8]) -> String {
     // Escapes and replacement characters are longer than what they stand for.
     let excess = text.len().saturating_sub(MAX_TAIL);
     if cut > 0 || excess > 0 {
-        let from = text.ceil_char_boundary(excess);
+        let from = (excess..=text.len())
+            .find(|&at| text.is_char_boundary(at))
+            .unwrap_or(text.len());
         let line = text[from..].find('\n').map_or(from, |at| from + at + 1);
         text.drain(..line);
     }

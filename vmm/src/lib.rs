@@ -19,6 +19,7 @@ pub mod memory;
 pub mod phases;
 pub mod poller;
 pub mod power;
+pub mod probe;
 pub mod rate_limit;
 mod run;
 pub mod serial;

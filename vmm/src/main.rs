@@ -3,13 +3,14 @@
 use anyhow::{Context, Result, bail};
 use casemate_vmm::control::Phase;
 use casemate_vmm::phases::Phases;
-use casemate_vmm::{exit_code, read_config, run};
+use casemate_vmm::{exit_code, probe, read_config, run};
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: casemate-vmm --config-fd N | --version";
+const USAGE: &str = "usage: casemate-vmm --config-fd N | --probe | --version";
 
 enum Mode {
     Run { config_fd: i32 },
+    Probe,
     Version,
 }
 
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     phases.reached(Phase::Main);
     let code = match parse(std::env::args().skip(1)) {
         Ok(Mode::Run { config_fd }) => run_vm(config_fd, phases),
+        Ok(Mode::Probe) => probe_host(),
         Ok(Mode::Version) => {
             println!("casemate-vmm {}", env!("CARGO_PKG_VERSION"));
             0
@@ -40,8 +42,23 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Mode> {
                 .with_context(|| format!("--config-fd {number}: not a descriptor's number"))?;
             Ok(Mode::Run { config_fd })
         }
+        ["--probe"] => Ok(Mode::Probe),
         ["--version"] => Ok(Mode::Version),
         _ => bail!("unknown arguments: {}", arguments.join(" ")),
+    }
+}
+
+/// Says whether KVM runs a normal guest here, and if not, why and what to do.
+fn probe_host() -> u8 {
+    match probe::check() {
+        Ok(()) => {
+            println!("KVM runs a normal guest on this host");
+            0
+        }
+        Err(error) => {
+            eprintln!("{}", probe::diagnose(&error, &probe::HostFacts::read()));
+            1
+        }
     }
 }
 

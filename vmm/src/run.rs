@@ -10,7 +10,8 @@ use crate::exit_code;
 use crate::fds::{take, take_file};
 use crate::phases::Phases;
 use crate::vm::{self, Vm, io_error};
-use std::error::Error as StdError;
+use std::error::Error;
+use std::os::fd::OwnedFd;
 
 /// Descriptors that a VM opens besides those of its configuration: KVM's, epoll, signals.
 const OWN_DESCRIPTORS: u32 = 16;
@@ -18,17 +19,6 @@ const OWN_DESCRIPTORS: u32 = 16;
 const DESCRIPTORS_PER_DEVICE: u32 = 12;
 /// What one control packet may bring, twice: a swap holds the old and the new files.
 const PASSED_DESCRIPTORS: u32 = 2 * 253;
-
-/// Why a VM could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The process could not be confined.
-    #[error(transparent)]
-    Confine(#[from] ConfineError),
-    /// The machine could not be put together.
-    #[error(transparent)]
-    Vm(#[from] vm::Error),
-}
 
 /// Reads the configuration from an inherited descriptor.
 pub fn read_config(fd: Fd) -> Result<VmConfig, config::Error> {
@@ -68,7 +58,7 @@ pub fn run(config: &VmConfig, mut phases: Phases) -> Outcome {
     }
 }
 
-fn start(config: &VmConfig, phases: &mut Phases) -> Result<(Vm, std::os::fd::OwnedFd), Error> {
+fn start(config: &VmConfig, phases: &mut Phases) -> Result<(Vm, OwnedFd), vm::Error> {
     let signals = termination_signals().map_err(io_error("signals"))?;
     let vm = Vm::boot(config, phases)?;
     Ok((vm, signals))
@@ -89,7 +79,7 @@ fn enter_confinement(config: &VmConfig) -> Result<(), ConfineError> {
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &dyn StdError) -> String {
+fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(source) = cause {

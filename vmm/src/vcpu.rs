@@ -108,13 +108,12 @@ impl Vcpu {
             .name(format!("vcpu{index}"))
             .stack_size(STACK)
             .spawn(move || {
-                if let Err(reason) = prepare() {
-                    shared
-                        .ending
-                        .end(Outcome::new(exit_code::START_FAILED, reason));
-                    return;
-                }
-                shared.ending.end(run(&thread_fd, &thread_exits, &shared));
+                let ready = prepare().and_then(|()| rehearse(&mut lock(&thread_fd)));
+                shared.gate.arrive();
+                shared.ending.end(match ready {
+                    Ok(()) => run(&thread_fd, &thread_exits, &shared),
+                    Err(reason) => Outcome::new(exit_code::START_FAILED, reason),
+                });
             })?;
         Ok(Self {
             fd,
@@ -131,6 +130,11 @@ impl Vcpu {
         let _ = self.thread.kill(SIGRTMIN()); // a thread that is gone needs no kick
     }
 
+    /// Waits for the thread's end, after the guest's.
+    pub fn join(self) {
+        let _ = self.thread.join();
+    }
+
     /// The vCPU itself; only while the gate is closed, else this waits for an exit.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         lock(&self.fd)
@@ -139,6 +143,18 @@ impl Vcpu {
     /// Exits so far.
     pub fn exits(&self) -> &Exits {
         &self.exits
+    }
+}
+
+/// Enters KVM_RUN without running an instruction. The first call starts a kernel thread in
+/// this process (KVM's huge-page recovery), which RLIMIT_NPROC forbids later: the call would
+/// then fail with EAGAIN for ever.
+fn rehearse(fd: &mut VcpuFd) -> Result<(), String> {
+    fd.set_kvm_immediate_exit(1);
+    match fd.run() {
+        Err(error) if error.errno() == libc::EINTR => Ok(()),
+        Err(error) => Err(format!("KVM could not run a vCPU: {error}")),
+        Ok(exit) => Err(format!("KVM ran a vCPU too early: {exit:?}")),
     }
 }
 
@@ -169,9 +185,6 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 shared.ports.write(port.into(), data);
-                if shared.ending.outcome().is_some() {
-                    return shared.ending.outcome().cloned();
-                }
                 ExitClass::PortWrite
             }
             Ok(VcpuExit::IoIn(port, data)) => {
@@ -209,6 +222,10 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
             }
         };
         exits.count(class);
+        // The power port, or another vCPU, may have ended it all.
+        if let Some(outcome) = shared.ending.outcome() {
+            return Some(outcome.clone());
+        }
     }
     None
 }
@@ -218,8 +235,6 @@ fn internal_error(fd: &mut VcpuFd) -> Outcome {
     // SAFETY: KVM filled this member of the union: the exit reason is KVM_EXIT_INTERNAL_ERROR.
     let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
     let at = fd.get_regs().map_or(0, |regs| regs.rip);
-    let reason = format!(
-        "KVM gave up at guest instruction {at:#x} (internal error {suberror}): `casemate check` tells whether this host can run a normal guest"
-    );
+    let reason = format!("KVM gave up at guest instruction {at:#x} (internal error {suberror})");
     Outcome::new(exit_code::KVM_FAILED, reason)
 }

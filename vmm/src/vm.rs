@@ -82,7 +82,7 @@ pub struct Vm {
     pub(crate) devices: Devices,
     pub(crate) poller: Arc<Poller>,
     /// Kept open: memory slots and interrupts live as long as it does.
-    pub(crate) fd: VmFd,
+    pub(crate) _fd: VmFd,
 }
 
 impl Vm {
@@ -136,7 +136,7 @@ impl Vm {
         let shared = Arc::new(vcpu::Shared {
             ports,
             mmio,
-            gate: Gate::new(),
+            gate: Gate::default(),
             ending,
         });
         install_kick_handler().map_err(io_error("kick signal"))?;
@@ -153,7 +153,7 @@ impl Vm {
             shared,
             devices,
             poller,
-            fd,
+            _fd: fd,
         })
     }
 }

@@ -3,6 +3,7 @@
 use super::args::CheckArgs;
 use super::output;
 use crate::settings::Settings;
+use casemate_vmm::probe::{self, HostFacts};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -53,9 +54,25 @@ fn directory(what: &'static str, path: &Path, variable: &str) -> Finding {
     }
 }
 
+/// Does `/dev/kvm` run a guest as every kernel is? That it opens says little.
+fn kvm() -> Finding {
+    match probe::check() {
+        Ok(()) => fine("KVM"),
+        Err(error) => {
+            let diagnosis = probe::diagnose(&error, &HostFacts::read());
+            Finding {
+                what: "KVM",
+                problem: Some(diagnosis.problem),
+                mend: diagnosis.mend,
+            }
+        }
+    }
+}
+
 /// Everything that a run needs, in the order in which it needs it.
 fn findings(settings: &Settings) -> Vec<Finding> {
     vec![
+        kvm(),
         file("VMM", &settings.vmm),
         file("shim", &settings.shim),
         file("guest kernel", &settings.kernel),

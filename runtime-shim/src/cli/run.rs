@@ -65,7 +65,7 @@ struct Held {
 struct Running {
     id: String,
     outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>,
-    stdin_end: Option<tokio::sync::oneshot::Receiver<()>>,
+    input: Option<streams::Input>,
 }
 
 /// Runs the container and gives its exit code.
@@ -160,11 +160,14 @@ async fn start(
     let shim = held.shim.insert(Shim::start(settings, dir, &options)?);
     drop(console);
 
-    let (request, running) = attach(&id, dir.path(), args, mounts, &fifos)?;
+    let (request, mut running) = attach(&id, dir.path(), args, mounts, &fifos)?;
     if args.tty && args.interactive {
         held.raw = terminal::Raw::enter().context("can't put the terminal into raw mode")?;
     }
     shim.create(&request).await.map_err(not_started)?;
+    if let Some(input) = &mut running.input {
+        input.keeper = None;
+    }
     shim.start_task(&id).await.map_err(not_started)?;
     if let Some(format) = args.timing {
         let path = dir.path().join(crate::shim::timing::FILE_NAME);
@@ -388,7 +391,7 @@ fn attach(
             outputs.push(tokio::spawn(streams::copy_output(fifo, output)));
         }
     }
-    let stdin_end = match &fifos.stdin {
+    let input = match &fifos.stdin {
         Some(path) => Some(streams::copy_input(Path::new(path))?),
         None => None,
     };
@@ -405,7 +408,7 @@ fn attach(
     let running = Running {
         id: id.to_owned(),
         outputs,
-        stdin_end,
+        input,
     };
     Ok((request, running))
 }
@@ -517,7 +520,7 @@ async fn attend(held: &Held, mut running: Running, mut signals: Signals) -> anyh
                     let _ = shim.kill(id, number.into()).await;
                 }
             }
-            () = stdin_ended(&mut running.stdin_end) => {
+            () = stdin_ended(&mut running.input) => {
                 let _ = shim.close_stdin(id).await;
             }
         }
@@ -536,11 +539,11 @@ async fn drain(outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>) -> anyhow::R
 }
 
 /// Returns once when our standard input ended; never without one.
-async fn stdin_ended(end: &mut Option<tokio::sync::oneshot::Receiver<()>>) {
-    match end {
-        Some(receiver) => {
-            let _ = receiver.await;
-            *end = None;
+async fn stdin_ended(input: &mut Option<streams::Input>) {
+    match input {
+        Some(running) => {
+            let _ = (&mut running.ended).await;
+            *input = None;
         }
         None => std::future::pending().await,
     }

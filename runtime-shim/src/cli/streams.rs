@@ -108,12 +108,22 @@ fn copy_blocking(first: &[u8], fifo: OwnedFd, output: Output) -> io::Result<Outp
     }
 }
 
-/// Starts copying our standard input into a FIFO; the receiver hears when it ended.
+/// Our standard input on its way into a FIFO.
+#[derive(Debug)]
+pub(super) struct Input {
+    /// Hears when it ended.
+    pub(super) ended: oneshot::Receiver<()>,
+    /// What a FIFO holds is lost when nobody has it open: to be kept until the shim has.
+    pub(super) keeper: Option<OwnedFd>,
+}
+
+/// Starts copying our standard input into a FIFO.
 ///
 /// The thread can't be stopped, as a blocked read can't: it ends with us.
-pub(super) fn copy_input(path: &Path) -> anyhow::Result<oneshot::Receiver<()>> {
+pub(super) fn copy_input(path: &Path) -> anyhow::Result<Input> {
     // For reading too: before the shim has opened its end, opening for writing alone would block.
     let fifo = open(path, OFlags::RDWR)?;
+    let keeper = Some(fifo.try_clone()?);
     let (tell, told) = oneshot::channel();
     std::thread::spawn(move || {
         let mut fifo = std::fs::File::from(fifo);
@@ -133,7 +143,10 @@ pub(super) fn copy_input(path: &Path) -> anyhow::Result<oneshot::Receiver<()>> {
         drop(fifo);
         let _ = tell.send(());
     });
-    Ok(told)
+    Ok(Input {
+        ended: told,
+        keeper,
+    })
 }
 
 #[cfg(test)]

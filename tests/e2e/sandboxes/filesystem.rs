@@ -16,10 +16,10 @@ fn writes_stay_in_the_sandbox_that_made_them() {
 
 #[test]
 fn disk_that_is_full_says_so_and_harms_nothing_else() {
-    let host = Host::with_images().configured("storage_size = \"64m\"\n");
+    let host = Host::with_images();
     let script =
         "dd if=/dev/zero of=/fill bs=1M count=500; echo dd $?; rm /fill; echo again > /x && cat /x";
-    let out = host.script(script);
+    let out = host.run(["--storage-size", "64m", "busybox", "sh", "-c", script]);
     out.succeeds()
         .prints("dd 1\nagain\n")
         .complains_of("no space left");

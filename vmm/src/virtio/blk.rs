@@ -225,6 +225,35 @@ impl Block {
     }
 }
 
+/// Works a disk's queue on the caller's thread until it is empty, or seems never to be: for fuzz targets.
+#[cfg(any(test, feature = "test-utils"))]
+pub fn work_inline(files: Vec<File>, read_only: bool, activation: Activation) {
+    let backing = Backing::new(files).expect("files of some size");
+    let mut disk = Disk {
+        backing,
+        read_only,
+        serial: [b'x'; 20],
+        counters: Arc::default(),
+    };
+    let memory = Arc::new(activation.memory);
+    for queue in activation.queues {
+        let ring = Ring::new(
+            &memory,
+            queue,
+            activation.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
+        );
+        let chain = Chain::new(&memory);
+        let mut work = Work {
+            ring,
+            chain,
+            interrupt: Arc::clone(&activation.interrupt),
+        };
+        // A ring that overlaps a buffer can feed itself.
+        let more = |_: &u32| worker::turn(&mut disk, None, &mut work).is_some();
+        (0..100).take_while(more).count();
+    }
+}
+
 impl Device for Block {
     fn id(&self) -> u32 {
         VIRTIO_ID_BLOCK

@@ -3,7 +3,7 @@
 //! When the guest has no buffers, or its rate is used up, the tap isn't polled:
 //! its queue fills, and the host's network stack drops or slows down, as with any
 //! other slow receiver. System calls: readv, writev, epoll_ctl, ioctl
-//! (TUNSETOFFLOAD, at activation), timerfd_settime, and read and write of eventfds.
+//! (TUNSETOFFLOAD), timerfd_settime, and read and write of eventfds.
 
 mod tap;
 
@@ -114,6 +114,8 @@ struct Active {
     tx_pause: Pause,
     /// What the tap is watched for; `None` once it is gone.
     watched: Option<Readiness>,
+    /// What the driver agreed to, until the tap knows it.
+    untold_features: Option<u64>,
     interrupt: Arc<dyn Interrupt>,
     watcher: Box<dyn Watcher>,
 }
@@ -444,7 +446,6 @@ impl Device for Net {
             .map_err(|_| io::Error::other("virtio-net takes exactly two queues"))?;
         let has = |bit: u32| features & 1 << bit != 0;
         let [rx, tx] = queues.map(|queue| Ring::new(&memory, queue, has(VIRTIO_RING_F_EVENT_IDX)));
-        self.tap.set_features(features)?;
         for (ring, token) in [(&rx, TOKEN_RX), (&tx, TOKEN_TX)] {
             if ring.usable() {
                 watcher.add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
@@ -479,6 +480,7 @@ impl Device for Net {
             rx_pause: Pause::No,
             tx_pause: Pause::No,
             watched: Some(libc::EPOLLIN as Readiness),
+            untold_features: Some(features),
             interrupt,
             watcher,
         });
@@ -489,6 +491,13 @@ impl Device for Net {
         let Some(mut active) = self.active.take() else {
             return;
         };
+        // Before the first frame, but not in the vCPU's thread, which makes no such calls.
+        if let Some(features) = active.untold_features.take()
+            && self.tap.set_features(features).is_err()
+        {
+            // The tap took all of them when it was set up: it must be gone.
+            active.unwatch_tap(&self.tap);
+        }
         match token {
             TOKEN_RX => {
                 active.rx.ring().acknowledge();

@@ -196,31 +196,33 @@ impl MockQueue {
         }
     }
 
-    /// Writes descriptor `index` of the table.
+    /// Writes descriptor `index` of the table; lost if the table lies outside memory.
     pub fn set_desc(&self, index: u16, desc: Desc) {
-        self.memory
-            .write_slice(
-                &desc.bytes(),
-                GuestAddress(self.desc + 16 * u64::from(index)),
-            )
-            .unwrap();
+        self.poke(self.desc.wrapping_add(16 * u64::from(index)), &desc.bytes());
     }
 
     /// Puts a head, any number, into the available ring.
     pub fn offer(&mut self, head: u16) {
-        let slot = self.avail + 4 + 2 * u64::from(self.avail_idx % self.size);
-        self.memory
-            .write_obj(head.to_le(), GuestAddress(slot))
-            .unwrap();
+        let slot = 4 + 2 * u64::from(self.avail_idx % self.size);
+        self.poke(self.avail.wrapping_add(slot), &head.to_le_bytes());
         self.avail_idx = self.avail_idx.wrapping_add(1);
         self.set_avail_idx(self.avail_idx);
     }
 
     /// Claims that the available ring ends at `idx`.
     pub fn set_avail_idx(&self, idx: u16) {
-        self.memory
-            .store(idx.to_le(), GuestAddress(self.avail + 2), Ordering::Release)
-            .unwrap();
+        let address = GuestAddress(self.avail.wrapping_add(2));
+        // Outside memory there is nobody to read it.
+        let _ = self.memory.store(idx.to_le(), address, Ordering::Release);
+    }
+
+    fn poke(&self, address: u64, data: &[u8]) {
+        // Outside memory there is nobody to read it.
+        let _ = self.memory.write_slice(data, GuestAddress(address));
+    }
+
+    fn peek<T: vm_memory::ByteValued>(&self, address: u64) -> Option<T> {
+        self.memory.read_obj(GuestAddress(address)).ok()
     }
 
     /// Offers a chain made of `descs`, in order; returns its head. Used descriptors are taken anew round robin.
@@ -250,21 +252,27 @@ impl MockQueue {
 
     /// What the device handed back since the last look: head and length.
     pub fn take_used(&mut self) -> Vec<(u32, u32)> {
+        let mut out = Vec::new();
         let idx: u16 = self
             .memory
-            .load(GuestAddress(self.used + 2), Ordering::Acquire)
-            .unwrap();
-        let mut out = Vec::new();
+            .load(GuestAddress(self.used.wrapping_add(2)), Ordering::Acquire)
+            .unwrap_or(0);
         while self.used_idx != u16::from_le(idx) {
-            let slot = self.used + 4 + 8 * u64::from(self.used_idx % self.size);
-            let [id, len]: [u32; 2] =
-                [0, 4].map(|o| self.memory.read_obj(GuestAddress(slot + o)).unwrap());
+            let slot = self
+                .used
+                .wrapping_add(4 + 8 * u64::from(self.used_idx % self.size));
+            let (Some(id), Some(len)) = (
+                self.peek::<u32>(slot),
+                self.peek::<u32>(slot.wrapping_add(4)),
+            ) else {
+                break;
+            };
             out.push((u32::from_le(id), u32::from_le(len)));
             self.used_idx = self.used_idx.wrapping_add(1);
         }
         // Ask to be told of the next one, for devices with EVENT_IDX.
-        let event = GuestAddress(self.avail + 4 + 2 * u64::from(self.size));
-        self.memory.write_obj(self.used_idx.to_le(), event).unwrap();
+        let event = self.avail.wrapping_add(4 + 2 * u64::from(self.size));
+        self.poke(event, &self.used_idx.to_le_bytes());
         out
     }
 
@@ -415,6 +423,11 @@ impl Driver {
         self.memory
             .write_slice(data, GuestAddress(address))
             .unwrap();
+    }
+
+    /// Writes guest memory, if all of it is there.
+    pub fn try_write(&self, address: u64, data: &[u8]) {
+        let _ = self.memory.write_slice(data, GuestAddress(address));
     }
 
     /// Reads guest memory.

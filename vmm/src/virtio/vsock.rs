@@ -100,6 +100,8 @@ pub struct Vsock {
     on_connect: Option<OnConnect>,
     /// The guest must be told that its connections are gone.
     owes_transport_reset: bool,
+    /// The driver started from nothing: the table is of its predecessor.
+    stale: bool,
     active: Option<Active>,
 }
 
@@ -158,6 +160,7 @@ impl Vsock {
             counters: VsockCounters::default(),
             on_connect,
             owes_transport_reset: false,
+            stale: false,
             active: None,
         }
     }
@@ -480,13 +483,8 @@ impl Device for Vsock {
             .map_err(|_| io::Error::other("virtio-vsock takes exactly three queues"))?;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let [rx, tx, event] = queues.map(|queue| Ring::new(&memory, queue, event_idx));
-        if rx.fresh() && tx.fresh() {
-            // A driver that starts from nothing knows of no connection.
-            self.table = Table {
-                next_id: self.table.next_id,
-                ..Table::default()
-            };
-        }
+        // Its connections end in the event loop: closing sockets isn't for a vCPU's thread.
+        self.stale = rx.fresh() && tx.fresh();
         for (ring, token) in [(&rx, TOKEN_RX), (&tx, TOKEN_TX), (&event, TOKEN_EVENT)] {
             if ring.usable() {
                 watcher.add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
@@ -494,9 +492,11 @@ impl Device for Vsock {
                 ring.kick_self();
             }
         }
-        let ids: Vec<u64> = self.table.by_id.keys().copied().collect();
-        for id in ids {
-            self.settle(id, watcher.as_ref());
+        if !self.stale {
+            let ids: Vec<u64> = self.table.by_id.keys().copied().collect();
+            for id in ids {
+                self.settle(id, watcher.as_ref());
+            }
         }
         let chain = Chain::new(&memory);
         let rx = Supply::new(&memory, rx, RESERVE);
@@ -515,6 +515,13 @@ impl Device for Vsock {
         let Some(mut active) = self.active.take() else {
             return;
         };
+        if std::mem::take(&mut self.stale) {
+            let next_id = self.table.next_id;
+            self.table = Table {
+                next_id,
+                ..Table::default()
+            };
+        }
         match token {
             TOKEN_RX => active.rx.ring().acknowledge(),
             TOKEN_TX => self.transmit(&mut active),
@@ -570,6 +577,7 @@ impl Device for Vsock {
             counters: _,
             on_connect: _,
             owes_transport_reset: _,
+            stale: _,
             active: _,
         } = self;
         saved::value(&VsockState { cid: *cid })

@@ -1,10 +1,11 @@
 //! A process as `/proc` shows it.
 
-#![allow(unsafe_code)] // kill(2)
+#![allow(unsafe_code)] // kill(2) and ptrace(2)
 
 use libtest_mimic::Failed;
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -117,10 +118,23 @@ impl Process {
             .collect()
     }
 
+    /// What each descriptor is, by its number.
+    pub(crate) fn descriptor_targets(&self) -> Vec<(String, String)> {
+        let numbers = self.descriptors().into_iter();
+        numbers
+            .map(|fd| (fd.clone(), self.descriptor_target(fd.parse().unwrap())))
+            .collect()
+    }
+
+    pub(crate) fn descriptor_target(&self, fd: RawFd) -> String {
+        let link = fs::read_link(self.proc.join("fd").join(fd.to_string())).unwrap();
+        link.into_os_string().into_string().unwrap()
+    }
+
     pub(crate) fn threads(&self) -> Vec<Process> {
         self.list("task")
             .map(|entry| Process {
-                pid: self.pid,
+                pid: entry.file_name().to_str().unwrap().parse().unwrap(),
                 proc: entry.path(),
             })
             .collect()
@@ -152,6 +166,49 @@ impl Process {
         // SAFETY: no memory is involved.
         let done = unsafe { libc::kill(self.pid, signal) };
         assert_eq!(done, 0, "kill({}, {signal})", self.pid);
+    }
+
+    /// Makes this thread, wherever it waits in the kernel, make system call `number` next.
+    pub(crate) fn inject_call(&self, number: libc::c_long) -> Result<(), Failed> {
+        const SYSCALL: libc::c_long = 0x050f; // the instruction's two bytes
+        let trace = |request, address: libc::c_long, data: *mut libc::user_regs_struct| {
+            // SAFETY: `data` is null or points at registers, as the request wants; all else is another process's.
+            unsafe { libc::ptrace(request, self.pid, address, data) }
+        };
+        let failed =
+            |what: &str| Failed::from(format!("{what}: {}", std::io::Error::last_os_error()));
+        let nothing = std::ptr::null_mut();
+        if trace(libc::PTRACE_ATTACH, 0, nothing) != 0 {
+            return Err(failed("attach"));
+        }
+        // SAFETY: the status isn't wanted.
+        if unsafe { libc::waitpid(self.pid, nothing.cast(), libc::__WALL) } != self.pid {
+            return Err(failed("wait for the stop"));
+        }
+        // SAFETY: all zeros are valid registers.
+        let mut registers: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+        if trace(libc::PTRACE_GETREGS, 0, &raw mut registers) != 0 {
+            return Err(failed("read the registers"));
+        }
+        registers.rip -= 2; // back to the instruction that brought it into the kernel
+        if trace(
+            libc::PTRACE_PEEKTEXT,
+            registers.rip as libc::c_long,
+            nothing,
+        ) & 0xffff
+            != SYSCALL
+        {
+            return Err("the thread isn't in a system call".into());
+        }
+        registers.orig_rax = u64::MAX; // what it waits in isn't restarted
+        registers.rax = number as u64;
+        if trace(libc::PTRACE_SETREGS, 0, &raw mut registers) != 0 {
+            return Err(failed("write the registers"));
+        }
+        match trace(libc::PTRACE_DETACH, 0, nothing) {
+            0 => Ok(()),
+            _ => Err(failed("detach")),
+        }
     }
 
     /// A zombie that nobody has reaped yet is gone, too.

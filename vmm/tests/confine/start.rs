@@ -8,6 +8,7 @@ use libtest_mimic::Failed;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -144,12 +145,9 @@ impl Subject {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        if !starter.is_root() {
-            command.uid(USER).gid(USER);
-        }
-        // SAFETY: the closure makes system calls only.
-        unsafe { command.pre_exec(move || before_exec(starter)) };
-        let mut child = command.spawn().expect("the test's own program starts");
+        let mut child = inheriting(starter, &mut command, vec![])
+            .spawn()
+            .expect("the test's own program starts");
         let output = child.stdout.take().expect("a pipe");
         Self {
             starter,
@@ -227,9 +225,32 @@ impl Drop for Subject {
     }
 }
 
+/// Prepares a command to be run by `starter`, with these descriptors left open.
+pub(crate) fn inheriting(
+    starter: Starter,
+    command: &mut Command,
+    descriptors: Vec<RawFd>,
+) -> &mut Command {
+    if !starter.is_root() {
+        command.uid(USER).gid(USER);
+    }
+    let keep_open = move || {
+        let results = descriptors.iter().map(|&fd| {
+            // SAFETY: no memory is involved.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }
+        });
+        match results.min() {
+            Some(-1) => Err(io::Error::last_os_error()),
+            _ => before_exec(starter),
+        }
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(keep_open) }
+}
+
 /// Leaks descriptors into the process and takes from it what the host is to deny.
 fn before_exec(starter: Starter) -> io::Result<()> {
-    for fd in [20, 33, 700] {
+    for fd in [500, 533, 700] {
         // SAFETY: no memory is involved.
         if unsafe { libc::dup2(1, fd) } < 0 {
             return Err(io::Error::last_os_error());

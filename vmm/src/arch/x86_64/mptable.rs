@@ -39,7 +39,7 @@ pub fn build(vcpus: u8, irqs: &[u8]) -> Vec<u8> {
         entry[..4].copy_from_slice(&[ENTRY_PROCESSOR, cpu, LAPIC_VERSION, flags]);
         push(&entry);
     }
-    push(b"\x01\x00ISA   ");
+    push(&[ENTRY_BUS, 0, b'I', b'S', b'A', b' ', b' ', b' ']);
     let [a, b, c, d] = IO_APIC.to_le_bytes();
     push(&[ENTRY_IOAPIC, ioapic_id, IOAPIC_VERSION, ENABLED, a, b, c, d]);
     for &irq in irqs {

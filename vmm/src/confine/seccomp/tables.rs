@@ -62,8 +62,11 @@ pub(super) const COMMON: &[Rule] = &[
     rule!(SYS_brk, "the allocator's heap"),
     rule!(
         SYS_madvise,
-        [is(2, &[libc::MADV_DONTNEED as u32, libc::MADV_FREE as u32])],
-        "stacks of ended threads, trimmed arenas; pages that the balloon gives back"
+        [is(
+            2,
+            &[libc::MADV_DONTNEED as u32, libc::MADV_REMOVE as u32,]
+        )],
+        "stacks of ended threads, trimmed arenas; guest pages that the balloon gives back, shared ones by REMOVE"
     ),
     rule!(SYS_read, "eventfds, timerfds, Unix sockets"),
     rule!(
@@ -73,6 +76,11 @@ pub(super) const COMMON: &[Rule] = &[
     rule!(
         SYS_close,
         "descriptors of ended vsock connections and swapped disks"
+    ),
+    rule!(
+        SYS_fcntl,
+        [is(1, &[libc::F_DUPFD_CLOEXEC as u32, libc::F_GETFD as u32])],
+        "an activated device gets its own descriptor of each kick; debug builds check what they close"
     ),
     rule!(
         SYS_clock_gettime,
@@ -125,76 +133,64 @@ pub(super) const COMMON: &[Rule] = &[
 pub(super) const EVENT_LOOP: &[Rule] = &[
     rule!(SYS_epoll_wait, "the event loop"),
     rule!(SYS_epoll_ctl, "devices watch and unwatch their descriptors"),
-    rule!(SYS_timerfd_settime, "rate limits"),
     rule!(
-        SYS_readv,
-        "virtio-net receives, vsock reads from Unix sockets"
+        SYS_poll,
+        "at the end, unread vsock data gets a last chance to be taken"
     ),
-    rule!(SYS_writev, "virtio-net sends, vsock writes to Unix sockets"),
-    rule!(SYS_recvfrom, "vsock reads from Unix sockets"),
-    rule!(SYS_sendto, "vsock writes to Unix sockets without SIGPIPE"),
-    rule!(SYS_recvmsg, "control messages with descriptors"),
-    rule!(SYS_sendmsg, "control replies"),
+    rule!(SYS_timerfd_settime, "rate limits of virtio-net"),
+    rule!(SYS_readv, "virtio-net receives from the tap"),
+    rule!(SYS_writev, "virtio-net sends to the tap"),
+    rule!(
+        SYS_ioctl,
+        [is(1, &[TUNSETOFFLOAD])],
+        "a resumed virtio-net tells the tap what the guest takes"
+    ),
+    rule!(
+        SYS_recvmsg,
+        "vsock reads from Unix sockets; control messages with descriptors"
+    ),
+    rule!(SYS_sendmsg, "vsock writes to Unix sockets without SIGPIPE"),
+    rule!(
+        SYS_recvfrom,
+        "what a closed vsock connection left unread is thrown away"
+    ),
+    rule!(SYS_sendto, "control replies"),
     rule!(SYS_shutdown, "half-close of a vsock connection"),
-    rule!(SYS_getrandom, "virtio-rng; seeds of hash maps"),
-    rule!(
-        SYS_fcntl,
-        [is(
-            1,
-            &[
-                libc::F_GETFL as u32,
-                libc::F_SETFL as u32,
-                libc::F_GETFD as u32,
-                libc::F_SETFD as u32,
-                libc::F_DUPFD_CLOEXEC as u32
-            ]
-        )],
-        "descriptors that arrive over the control socket become non-blocking; a resumed device gets its own of each kick"
-    ),
+    rule!(SYS_getrandom, "virtio-rng"),
     rule!(SYS_lseek, "size of a swapped-in disk"),
-    rule!(
-        SYS_statx,
-        [is(2, &[libc::AT_EMPTY_PATH as u32])],
-        "size and type of a swapped-in disk"
-    ),
-    rule!(SYS_fdatasync, "disks are flushed before the process ends"),
 ];
 
 /// A vCPU thread; it also runs what a device does in the guest's register writes.
 pub(super) const VCPU: &[Rule] = &[
     rule!(
         SYS_ioctl,
-        [is(1, &[KVM_RUN, KVM_GET_REGS])],
-        "enters the guest; tells where it was when KVM gave up"
+        [is(1, &[KVM_RUN, TUNSETOFFLOAD, KVM_GET_REGS])],
+        "enters the guest; a virtio-net driver says what it takes; where the guest was when KVM gave up"
     ),
     rule!(
         SYS_epoll_ctl,
         "a device's activation watches its queues, its reset unwatches them"
     ),
     rule!(
-        SYS_fcntl,
-        [is(1, &[libc::F_DUPFD_CLOEXEC as u32])],
-        "an activated device gets its own descriptor of each queue's kick"
+        SYS_shutdown,
+        "a vsock driver that starts anew ends its old connections"
     ),
+    rule!(SYS_recvfrom, "their unread input is thrown away"),
 ];
 
 /// A disk's worker thread.
 pub(super) const BLOCK_WORKER: &[Rule] = &[
     rule!(SYS_epoll_wait, "waits for kicks, rate limits and commands"),
     rule!(SYS_epoll_ctl, "watches its queue"),
-    rule!(SYS_timerfd_settime, "rate limits"),
     rule!(SYS_preadv2, "guest reads"),
     rule!(SYS_pwritev2, "guest writes"),
-    rule!(SYS_fdatasync, "guest flushes"),
+    rule!(
+        SYS_fdatasync,
+        "guest flushes; a swapped-out disk, and every disk at the end"
+    ),
     rule!(
         SYS_fallocate,
-        [is(
-            1,
-            &[
-                (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32,
-                (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE) as u32
-            ]
-        )],
+        [is(1, &[PUNCH_HOLE, ZERO_RANGE])],
         "guest discards and write-zeroes"
     ),
 ];
@@ -217,6 +213,11 @@ pub(super) const WAITER: &[Rule] = &[
 /// The first real-time signal that the C library leaves to programs.
 const SIGRTMIN: u32 = 34;
 
+const PUNCH_HOLE: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
+const ZERO_RANGE: u32 = (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE) as u32;
+
+/// `_IOW('T', 208, unsigned int)`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.

@@ -626,7 +626,7 @@ fn rate_limit_operations_take_their_time() {
     }
     // 20 from the full bucket, then one each 50 ms.
     let took = start.elapsed().as_millis();
-    assert!((250..2000).contains(&took), "{took} ms");
+    assert!(took >= 250, "{took} ms");
 }
 
 #[test]

@@ -1,0 +1,3 @@
+//! Harnesses shared by the fuzz targets.
+
+pub mod guest;
