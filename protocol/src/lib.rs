@@ -1,14 +1,16 @@
 //! What the shim and the agent say to each other, once, for both.
 //!
-//! Control is ttrpc ([`agent_ttrpc`]) on one vsock connection that the agent
+//! Control is ttrpc (`agent_ttrpc`, feature `rpc`) on one vsock connection that the agent
 //! opens to the host at [`CONTROL_PORT`]; each standard stream is a vsock
 //! connection of its own to a one-shot port that the shim chose.
 
+#[cfg(feature = "rpc")]
 #[allow(missing_docs, clippy::all, unused)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+#[cfg(feature = "rpc")]
 pub use generated::{agent, agent_ttrpc};
 
 /// CID of the host (virtio 1.2, section 5.10.4; `VMADDR_CID_HOST`).

@@ -201,6 +201,11 @@ impl Cgroup {
         result
     }
 
+    /// Whether its processes are stopped, or about to be.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.number("cgroup.freeze") == Some(1)
+    }
+
     /// How often the OOM killer struck in it.
     pub(crate) fn oom_kills(&self) -> u64 {
         self.read("memory.events")

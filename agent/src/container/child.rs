@@ -116,8 +116,8 @@ fn enter(child: &Child<'_>, sync: &OwnedFd) -> Result<super::become_user::Ready>
     let ready = prepare(child.plan, child.filter, make_cwd)?;
     wire::send_ready(sync, terminal.as_ref().map(|t| &t.master))
         .attempt(|| "report to the agent".into())?;
-    drop(terminal); // the agent has taken its end once it says start
     wire::await_go(sync).attempt(|| "wait for the start".into())?;
+    drop(terminal); // the agent has taken its end by now
     Ok(ready)
 }
 

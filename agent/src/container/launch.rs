@@ -255,18 +255,21 @@ fn limits(pid: Pid, plan: &Plan) -> Result<()> {
             .attempt(|| format!("set oom_score_adj to {adj}"))?;
     }
     for (resource, limit) in &plan.rlimits {
-        rustix::process::prlimit(Some(pid), *resource, limit.clone())
+        rustix::process::prlimit(Some(pid), *resource, *limit)
             .attempt(|| format!("set {resource:?} to {limit:?}"))?;
     }
     Ok(())
 }
+
+/// The tasks of a process's input and outputs.
+type Pumps = (Option<JoinHandle<()>>, Vec<JoinHandle<()>>);
 
 fn start_pumps(
     connections: Connections,
     [stdin, stdout, stderr]: [Option<OwnedFd>; 3],
     terminal: Option<&Arc<Conn>>,
     exited: &watch::Receiver<bool>,
-) -> Result<(Option<JoinHandle<()>>, Vec<JoinHandle<()>>)> {
+) -> Result<Pumps> {
     let adopt = |fd: OwnedFd| Conn::new(fd).attempt(|| "watch a pipe".into());
     if let Some(terminal) = terminal {
         let input = connections

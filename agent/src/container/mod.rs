@@ -9,6 +9,7 @@ mod namespaces;
 mod options;
 mod process;
 mod root;
+mod spec;
 mod user;
 mod wire;
 
@@ -18,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use casemate_protocol::agent;
-use oci_spec::runtime::{Linux, LinuxResources, LinuxTimeOffset, Process as SpecProcess, Spec};
+use oci_spec::runtime::{Linux, LinuxResources, LinuxTimeOffset};
 use rustix::process::Pid;
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
@@ -27,6 +28,7 @@ use self::guest_mounts::GuestMounts;
 use self::launch::{Launch, Launched};
 use self::namespaces::{NEWCGROUP, NEWPID, NEWUSER, Namespaces};
 use self::root::Layout;
+use self::spec::{Process as SpecProcess, Spec};
 use crate::cgroup::{Cgroup, Stats};
 use crate::conn::{Conn, Host};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -120,21 +122,21 @@ fn parse<'a, T: serde::Deserialize<'a>>(json: &'a [u8], what: &str) -> Result<T>
 impl Blueprint {
     fn of(id: &str, spec_json: &[u8], rootfs: &str, user: &str) -> Result<Self> {
         check_id(id)?;
-        let spec: Spec = parse(spec_json, "spec")?;
+        let mut spec: Spec = parse(spec_json, "spec")?;
         let linux = spec
-            .linux()
-            .clone()
+            .linux
+            .take()
             .ok_or_else(|| Error::invalid("the spec has no linux section"))?;
         refuse_what_guests_lack(&spec, &linux)?;
         let process = spec
-            .process()
+            .process
             .as_ref()
             .ok_or_else(|| Error::invalid("the spec has no process"))?;
         let namespaces = Namespaces::of(&linux)?;
         let uts = namespaces.create & namespaces::NEWUTS != 0;
         for (name, value) in [
-            ("hostname", spec.hostname()),
-            ("domainname", spec.domainname()),
+            ("hostname", &spec.hostname),
+            ("domainname", &spec.domainname),
         ] {
             if value.as_ref().is_some_and(|v| !v.is_empty()) && !uts {
                 return Err(Error::invalid(format!("{name} needs a new uts namespace")));
@@ -149,15 +151,14 @@ impl Blueprint {
         let layout = Layout {
             rootfs: rootfs.into(),
             read_only: spec
-                .root()
+                .root
                 .as_ref()
                 .and_then(|root| root.readonly())
                 .unwrap_or(false),
             propagation,
             mounts: spec
-                .mounts()
+                .mounts
                 .iter()
-                .flatten()
                 .map(root::Entry::of)
                 .collect::<Result<_>>()?,
             devices: linux.devices().clone().unwrap_or_default(),
@@ -176,8 +177,8 @@ impl Blueprint {
             plan: process::Plan::of(process, user, None)?,
             filter: linux.seccomp().as_ref().map(Filter::compile).transpose()?,
             layout,
-            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
-            domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
+            hostname: spec.hostname.filter(|name| !name.is_empty()),
+            domainname: spec.domainname.filter(|name| !name.is_empty()),
             time_offsets: time_offsets(linux.time_offsets().iter().flatten())?,
             personality: linux
                 .personality()
@@ -191,11 +192,7 @@ impl Blueprint {
 }
 
 fn refuse_what_guests_lack(spec: &Spec, linux: &Linux) -> Result<()> {
-    let hooks = spec.hooks().as_ref();
-    let some = |hooks: Option<&Vec<oci_spec::runtime::Hook>>| hooks.is_some_and(|h| !h.is_empty());
-    if some(hooks.and_then(|h| h.create_container().as_ref()))
-        || some(hooks.and_then(|h| h.start_container().as_ref()))
-    {
+    if !(spec.hooks.create_container.is_empty() && spec.hooks.start_container.is_empty()) {
         return Err(Error::unsupported(
             "hooks createContainer and startContainer are not run in the guest",
         ));
@@ -347,6 +344,12 @@ impl Container {
                 format!("container {} is not running", self.blueprint.id),
             ));
         }
+        if lock(&self.cgroup).is_frozen() {
+            return Err(Error::new(
+                Kind::State,
+                format!("container {} is paused: resume it first", self.blueprint.id),
+            ));
+        }
         self.reserve(&request.exec_id)?;
         let result = self.exec_reserved(host, reaper, &plan, request).await;
         match result {
@@ -469,8 +472,8 @@ impl Container {
             cgroup.kill()?;
             cgroup.freezer()?
         };
+        // Not until the output is sent: who deletes without having waited may have stopped reading.
         empty.until_empty().await?;
-        self.first.ended().await?;
         lock(&self.cgroup).remove()?;
         lock(&self.mounts).undo()
     }

@@ -5,11 +5,12 @@ use std::ffi::CString;
 
 use oci_spec::runtime::{
     Capabilities, Capability, IOPriorityClass, LinuxCapabilities, LinuxPersonality,
-    LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit, PosixRlimitType, Process, Scheduler,
+    LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit, PosixRlimitType, Scheduler,
 };
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CpuSet;
 
+use super::spec::Process;
 use crate::error::{Error, Result};
 
 /// Most bytes of a user string: names are short, so a long one is a mistake.
@@ -70,56 +71,53 @@ impl Plan {
                 user.len()
             )));
         }
-        let args = strings(
-            process.args().as_deref().unwrap_or_default(),
-            "process.args",
-        )?;
+        let args = strings(&process.args, "process.args")?;
         if args.is_empty() {
             return Err(Error::invalid("process.args: there is no command to run"));
         }
-        if !process.cwd().is_absolute() {
+        if !process.cwd.is_absolute() {
             return Err(Error::invalid(format!(
                 "process.cwd {:?} must be absolute",
-                process.cwd()
+                process.cwd
             )));
         }
-        let spec_user = process.user();
+        let spec_user = &process.user;
         let user = match (user, spec_user.username()) {
             ("", Some(name)) => name,
             _ => user,
         };
-        let rlimits = match (process.rlimits(), fallback) {
+        let rlimits = match (&process.rlimits, fallback) {
             (Some(limits), _) => rlimits(limits)?,
             (None, Some(init)) => init.rlimits.clone(),
             (None, None) => Vec::new(),
         };
         Ok(Self {
             args,
-            env: strings(process.env().as_deref().unwrap_or_default(), "process.env")?,
-            cwd: string(&process.cwd().to_string_lossy(), "process.cwd")?,
+            env: strings(&process.env, "process.env")?,
+            cwd: string(&process.cwd.to_string_lossy(), "process.cwd")?,
             user: user.to_owned(),
             uid: spec_user.uid(),
             gid: spec_user.gid(),
             groups: spec_user.additional_gids().clone().unwrap_or_default(),
             umask: spec_user.umask().unwrap_or(0o022) & 0o777,
-            caps: match (process.capabilities(), fallback) {
+            caps: match (&process.capabilities, fallback) {
                 (Some(caps), _) => CapSets::of(caps),
                 (None, Some(init)) => init.caps,
                 (None, None) => CapSets::default(),
             },
             no_new_privileges: process
-                .no_new_privileges()
+                .no_new_privileges
                 .unwrap_or_else(|| fallback.is_some_and(|p| p.no_new_privileges)),
             rlimits,
             oom_score_adj: oom_score_adj(
                 process
-                    .oom_score_adj()
+                    .oom_score_adj
                     .or(fallback.and_then(|p| p.oom_score_adj)),
             )?,
-            terminal: process.terminal().unwrap_or(false),
-            scheduler: process.scheduler().as_ref().map(Sched::of).transpose()?,
+            terminal: process.terminal,
+            scheduler: process.scheduler.as_ref().map(Sched::of).transpose()?,
             io_priority: process
-                .io_priority()
+                .io_priority
                 .as_ref()
                 .map(|io| io_priority(io.class(), io.priority()))
                 .transpose()?,
@@ -138,12 +136,12 @@ impl Plan {
 
 fn refuse_what_guests_lack(process: &Process) -> Result<()> {
     let given = |label: &Option<String>| label.as_ref().is_some_and(|l| !l.is_empty());
-    if given(process.apparmor_profile()) {
+    if given(&process.apparmor_profile) {
         return Err(Error::unsupported(
             "process.apparmorProfile: the guest's kernel has no AppArmor",
         ));
     }
-    if given(process.selinux_label()) {
+    if given(&process.selinux_label) {
         return Err(Error::unsupported(
             "process.selinuxLabel: the guest's kernel has no SELinux",
         ));
@@ -236,13 +234,10 @@ fn io_priority(class: IOPriorityClass, level: i64) -> Result<(u32, u32)> {
 }
 
 fn cpus(process: &Process) -> Result<Option<CpuSet>> {
-    let Some(affinity) = process.exec_cpu_affinity() else {
+    let Some(affinity) = &process.exec_cpu_affinity else {
         return Ok(None);
     };
-    let list = affinity
-        .cpu_affinity_final()
-        .as_ref()
-        .or(affinity.initial().as_ref());
+    let list = affinity.last.as_ref().or(affinity.initial.as_ref());
     list.map(|list| cpu_list(list)).transpose()
 }
 

@@ -1,20 +1,22 @@
 //! The container's root, built by the child in its own mount namespace.
 //!
-//! The child pivots into the new root first and mounts afterwards, so that every target is resolved inside the
-//! container: no symlink of an image can point out of it. What is needed of the guest meanwhile (sources of binds,
-//! /dev/null to mask with) comes from descriptors and from the working directory, which stays in the old root
-//! until that is detached.
+//! The child takes what it needs of the guest (sources of binds, device nodes) as detached mounts, pivots into the
+//! new root, lets go of the old one, and only then mounts: every target is resolved inside the container, and no
+//! symlink of an image can point out of it. The old root must be gone by then, not merely covered: while it is
+//! stacked on the new one, `/..` leads into it.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, mknodat, openat};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
-    mount_bind, mount_change,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsmount, fsopen, mount, mount_bind,
+    mount_bind_recursive, mount_change,
 };
 
 use super::options::Options;
@@ -143,20 +145,29 @@ pub(super) struct Terminal {
 
 /// Enters the container's root. `proc` is the guest's /proc.
 pub(super) fn enter(layout: &Layout, proc: &OwnedFd, terminal: bool) -> Result<Option<Terminal>> {
-    let trees = layout
+    let sources = layout
         .mounts
         .iter()
-        .map(open_source)
+        .map(|entry| source(entry, layout.user_namespace))
         .collect::<Result<Vec<_>>>()?;
+    let nodes = guest_nodes(layout)?;
+    // The container's own could be anything.
+    let null = match layout.masked.is_empty() {
+        true => None,
+        false => Some(
+            clone_tree(Path::new("/dev/null"), false)
+                .attempt(|| "take /dev/null from the guest".into())?,
+        ),
+    };
     pivot(&layout.rootfs)?;
-    for (entry, tree) in layout.mounts.iter().zip(trees) {
-        attach(entry, tree).map_err(|e| Error {
+    for (entry, source) in layout.mounts.iter().zip(sources) {
+        attach(entry, source).map_err(|e| Error {
             text: format!("mount {}: {}", entry.target.display(), e.text),
             ..e
         })?;
     }
     rustix::process::umask(Mode::empty());
-    devices(layout)?;
+    devices(layout, &nodes)?;
     let terminal = if terminal {
         Some(open_terminal(true)?)
     } else {
@@ -172,29 +183,24 @@ pub(super) fn enter(layout: &Layout, proc: &OwnedFd, terminal: bool) -> Result<O
         file.and_then(|file| rustix::io::write(file, value.as_bytes()))
             .attempt(|| format!("set sysctl {path} to {value:?}"))?;
     }
-    protect(layout)?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH)
-        .attempt(|| "detach the guest's root".into())?;
-    rustix::process::chdir("/").attempt(|| "enter the container's root".into())?;
+    protect(layout, null)?;
     if let Some(propagation) = layout.propagation {
         mount_change("/", propagation).attempt(|| "apply linux.rootfsPropagation".into())?;
     }
     if layout.read_only {
         let root = open_path("/")?;
-        sys::mount_setattr(
-            root.as_fd(),
-            false,
-            &MountAttr {
-                set: READ_ONLY,
-                ..MountAttr::default()
-            },
-        )
-        .attempt(|| "make the root read-only".into())?;
+        sys::mount_setattr(root.as_fd(), false, &READ_ONLY_ATTR)
+            .attempt(|| "make the root read-only".into())?;
     }
     Ok(terminal)
 }
 
-const READ_ONLY: u64 = 1;
+const READ_ONLY_ATTR: MountAttr = MountAttr {
+    set: 1,
+    clear: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
 
 fn open_path(path: impl AsRef<Path>) -> Result<OwnedFd> {
     let path = path.as_ref();
@@ -202,39 +208,78 @@ fn open_path(path: impl AsRef<Path>) -> Result<OwnedFd> {
         .attempt(|| format!("open {}", path.display()))
 }
 
-/// A detached copy of what is to be bound, taken while the guest's root is still in reach.
-fn open_source(entry: &Entry) -> Result<Option<OwnedFd>> {
-    if !entry.options.bind {
-        return Ok(None);
-    }
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    flags.set(OpenTreeFlags::AT_RECURSIVE, entry.options.recursive);
-    let tree = rustix::mount::open_tree(CWD, &entry.source, flags).attempt(|| {
+/// What is to be mounted, as a detached mount, if that must be taken while the guest's root is in reach.
+fn source(entry: &Entry, user_namespace: bool) -> Result<Option<OwnedFd>> {
+    let what = || {
         format!(
-            "mount {}: bind source {}",
+            "mount {}: source {}",
             entry.target.display(),
             entry.source.display()
         )
-    })?;
-    Ok(Some(tree))
+    };
+    if entry.options.bind {
+        return clone_tree(&entry.source, entry.options.recursive)
+            .attempt(what)
+            .map(Some);
+    }
+    // A user namespace may have a new proc or sysfs only where it sees a whole one already: the guest's.
+    if user_namespace
+        && matches!(entry.kind.as_str(), "proc" | "sysfs")
+        && entry.options.data.is_empty()
+    {
+        let context = fsopen(entry.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).attempt(what)?;
+        fsconfig_create(&context).attempt(what)?;
+        return fsmount(
+            &context,
+            FsMountFlags::FSMOUNT_CLOEXEC,
+            MountAttrFlags::empty(),
+        )
+        .attempt(what)
+        .map(Some);
+    }
+    Ok(None)
 }
 
-/// Leaves the working directory in the old root, which stays mounted below the new one for now.
+fn clone_tree(path: &Path, recursive: bool) -> rustix::io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    rustix::mount::open_tree(CWD, path, flags)
+}
+
+/// In a user namespace nodes can't be made: the guest's, which devtmpfs names as the kernel does, are bound.
+fn guest_nodes(layout: &Layout) -> Result<HashMap<PathBuf, OwnedFd>> {
+    if !layout.user_namespace {
+        return Ok(HashMap::new());
+    }
+    let defaults = DEFAULT_NODES
+        .iter()
+        .map(|(name, ..)| Path::new("/dev").join(name));
+    let paths = defaults.chain(layout.devices.iter().map(|device| device.path().clone()));
+    paths
+        .map(|path| {
+            let tree = clone_tree(&path, false)
+                .attempt(|| format!("take device {} from the guest", path.display()))?;
+            Ok((path, tree))
+        })
+        .collect()
+}
+
+/// Makes `rootfs` the root, and lets go of the old one.
 fn pivot(rootfs: &Path) -> Result<()> {
     let what = |step: &str| format!("{step} {}", rootfs.display());
     // A mount of its own, so that read-only and propagation are the container's alone.
-    rustix::mount::mount_bind_recursive(rootfs, rootfs).attempt(|| what("bind the root"))?;
+    mount_bind_recursive(rootfs, rootfs).attempt(|| what("bind the root"))?;
     let dir = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let old = rustix::fs::open("/", dir, Mode::empty()).attempt(|| what("open / to pivot to"))?;
     rustix::process::chdir(rootfs).attempt(|| what("enter"))?;
     rustix::process::pivot_root(".", ".").attempt(|| what("pivot_root to"))?;
     rustix::process::fchdir(&old).attempt(|| what("return from"))?;
-    // Nothing that happens below may come back to the guest.
-    mount_change(
-        ".",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )
-    .attempt(|| what("cut off the guest's mounts from"))
+    // The unmounting must not come back to the guest.
+    let private = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change(".", private).attempt(|| what("cut off the guest's mounts from"))?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)
+        .attempt(|| what("detach the guest's root from"))?;
+    rustix::process::chdir("/").attempt(|| what("enter"))
 }
 
 fn attach(entry: &Entry, tree: Option<OwnedFd>) -> Result<()> {
@@ -248,6 +293,16 @@ fn attach(entry: &Entry, tree: Option<OwnedFd>) -> Result<()> {
         None => false,
     };
     make_target(target, file)?;
+    if matches!(entry.kind.as_str(), "proc" | "sysfs") && !options.bind {
+        // Behind a symlink masked and read-only paths would miss what they protect.
+        let stat = rustix::fs::lstat(target).attempt(|| "look at the target".into())?;
+        if !FileType::from_raw_mode(stat.st_mode).is_dir() {
+            return Err(Error::invalid(format!(
+                "{} must be mounted on a directory, not on a symlink",
+                entry.kind
+            )));
+        }
+    }
     match tree {
         Some(tree) => bind(options, target, &tree)?,
         None => file_system(entry)?,
@@ -266,14 +321,7 @@ fn bind(options: &Options, target: &Path, tree: &OwnedFd) -> Result<()> {
     if let Some(attr) = options.attr() {
         sys::mount_setattr(tree.as_fd(), false, &attr).attempt(|| "apply options".into())?;
     }
-    rustix::mount::move_mount(
-        tree,
-        "",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS,
-    )
-    .attempt(|| "bind".into())
+    move_mount(tree, target).attempt(|| "attach".into())
 }
 
 fn file_system(entry: &Entry) -> Result<()> {
@@ -283,15 +331,6 @@ fn file_system(entry: &Entry) -> Result<()> {
         source,
         options,
     } = entry;
-    if kind == "proc" || kind == "sysfs" {
-        // Behind a symlink masked and read-only paths would miss what they protect.
-        let stat = rustix::fs::lstat(target.as_path()).attempt(|| "look at the target".into())?;
-        if !FileType::from_raw_mode(stat.st_mode).is_dir() {
-            return Err(Error::invalid(format!(
-                "{kind} must be mounted on a directory, not on a symlink"
-            )));
-        }
-    }
     let data = std::ffi::CString::new(options.data.as_str())
         .map_err(|_| Error::invalid("options hold a NUL"))?;
     let saved = if options.copy_up {
@@ -318,15 +357,36 @@ fn make_target(target: &Path, file: bool) -> Result<()> {
         return Ok(()); // a mismatch of file and directory is the kernel's to refuse
     }
     if !file {
-        return std::fs::create_dir_all(target).attempt(|| "create the target".into());
+        return make_directory(target, MAX_SYMLINKS).attempt(|| "create the target".into());
     }
     if let Some(parent) = target.parent() {
-        std::fs::create_dir_all(parent).attempt(|| format!("create {}", parent.display()))?;
+        make_directory(parent, MAX_SYMLINKS).attempt(|| format!("create {}", parent.display()))?;
     }
     let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
     rustix::fs::open(target, flags, Mode::from_raw_mode(0o644))
         .map(drop)
         .attempt(|| "create the target".into())
+}
+
+/// As many as the kernel follows.
+const MAX_SYMLINKS: u32 = 40;
+
+/// Makes a directory and those above it; a symlink to nowhere gets its directory made (`/var/run` to `/run`).
+fn make_directory(path: &Path, links: u32) -> rustix::io::Result<()> {
+    if rustix::fs::stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_dir()) {
+        return Ok(());
+    }
+    let parent = path.parent().ok_or(Errno::NOTDIR)?;
+    make_directory(parent, links)?;
+    match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
+        Err(Errno::EXIST) if links > 0 => {
+            let link = rustix::fs::readlink(path, Vec::new()).map_err(|_| Errno::NOTDIR)?;
+            let link = std::ffi::OsStr::from_bytes(link.as_bytes()).to_owned();
+            make_directory(&parent.join(link), links - 1)
+        }
+        Err(Errno::EXIST) => Err(Errno::LOOP),
+        result => result,
+    }
 }
 
 /// Nodes that every container has: name, major, minor.
@@ -347,7 +407,7 @@ const DEFAULT_LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "/dev/ptmx"),
 ];
 
-fn devices(layout: &Layout) -> Result<()> {
+fn devices(layout: &Layout, nodes: &HashMap<PathBuf, OwnedFd>) -> Result<()> {
     let dev = Path::new("/dev");
     // With the guest's or the user's own /dev bound there, nothing is to be made.
     let bound = layout
@@ -359,7 +419,7 @@ fn devices(layout: &Layout) -> Result<()> {
             let path = dev.join(name);
             if !layout.devices.iter().any(|device| device.path() == &path) {
                 node(
-                    layout,
+                    nodes,
                     &path,
                     FileType::CharacterDevice,
                     (major, minor),
@@ -400,7 +460,7 @@ fn devices(layout: &Layout) -> Result<()> {
             (number(device.major())?, number(device.minor())?)
         };
         node(
-            layout,
+            nodes,
             device.path(),
             kind,
             numbers,
@@ -417,7 +477,7 @@ fn devices(layout: &Layout) -> Result<()> {
 }
 
 fn node(
-    layout: &Layout,
+    nodes: &HashMap<PathBuf, OwnedFd>,
     path: &Path,
     kind: FileType,
     (major, minor): (u32, u32),
@@ -425,13 +485,11 @@ fn node(
 ) -> Result<()> {
     let what = || format!("make device {} ({major}:{minor})", path.display());
     if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).attempt(what)?;
+        make_directory(parent, MAX_SYMLINKS).attempt(what)?;
     }
-    if layout.user_namespace && kind != FileType::Fifo {
-        // The working directory is the guest's root, whose /dev has every device by its kernel name.
-        let source = path.strip_prefix("/").unwrap_or(path);
+    if let (Some(guest), true) = (nodes.get(path), kind != FileType::Fifo) {
         make_target(path, true)?;
-        return mount_bind(source, path).attempt(what);
+        return move_mount(guest, path).attempt(what);
     }
     let number = rustix::fs::makedev(major, minor);
     match mknodat(CWD, path, kind, Mode::from_raw_mode(mode), number) {
@@ -473,51 +531,64 @@ pub(super) fn open_terminal(console: bool) -> Result<Terminal> {
     Ok(Terminal { master, slave })
 }
 
-/// Read-only and masked paths; those that don't exist need none.
-fn protect(layout: &Layout) -> Result<()> {
+/// Read-only and masked paths; those that don't exist need none. `null` is the guest's /dev/null.
+fn protect(layout: &Layout, null: Option<OwnedFd>) -> Result<()> {
     for path in &layout.read_only_paths {
-        match mount_bind_recursive_self(path) {
+        let what = || format!("make {path} read-only");
+        match mount_bind_recursive(path, path) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
-            result => result.attempt(|| format!("make {path} read-only"))?,
+            result => result.attempt(what)?,
         }
-        sys::mount_setattr(
-            open_path(path)?.as_fd(),
-            false,
-            &MountAttr {
-                set: READ_ONLY,
-                ..MountAttr::default()
-            },
-        )
-        .attempt(|| format!("make {path} read-only"))?;
+        sys::mount_setattr(open_path(path)?.as_fd(), false, &READ_ONLY_ATTR).attempt(what)?;
     }
-    let mut empty: Option<&str> = None; // the first masked directory; the others share its file system
+    // The first masked file and directory get a mount that the others share.
+    let mut null = null.map(Mask::New);
+    let mut empty: Option<&str> = None;
     for path in &layout.masked {
         let what = || format!("mask {path}");
         let Ok(stat) = rustix::fs::statat(CWD, path, AtFlags::empty()) else {
             continue;
         };
-        if !FileType::from_raw_mode(stat.st_mode).is_dir() {
-            // Relative to the guest's root: the container's own /dev/null could be anything.
-            mount_bind("dev/null", path).attempt(what)?;
-        } else if let Some(first) = empty {
-            mount_bind(first, path).attempt(what)?;
+        if FileType::from_raw_mode(stat.st_mode).is_dir() {
+            match empty {
+                Some(first) => mount_bind(first, path).attempt(what)?,
+                None => empty_directory(path).attempt(what)?,
+            }
+            empty = empty.or(Some(path));
         } else {
-            mount(
-                "tmpfs",
-                path,
-                "tmpfs",
-                MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
-                Some(c"size=0k,nr_inodes=1"),
-            )
-            .attempt(what)?;
-            empty = Some(path);
+            null = match null {
+                Some(Mask::New(tree)) => {
+                    move_mount(&tree, path).attempt(what)?;
+                    Some(Mask::At(path))
+                }
+                Some(Mask::At(first)) => {
+                    mount_bind(first, path).attempt(what)?;
+                    Some(Mask::At(first))
+                }
+                None => None,
+            };
         }
     }
     Ok(())
 }
 
-fn mount_bind_recursive_self(path: &str) -> rustix::io::Result<()> {
-    rustix::mount::mount_bind_recursive(path, path)
+/// Where the guest's /dev/null is.
+enum Mask<'a> {
+    /// Nowhere yet.
+    New(OwnedFd),
+    /// On this masked file.
+    At(&'a str),
+}
+
+fn empty_directory(path: &str) -> rustix::io::Result<()> {
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("tmpfs", path, "tmpfs", flags, Some(c"size=0k,nr_inodes=1"))
+}
+
+/// Attaches a detached mount.
+fn move_mount(tree: &OwnedFd, target: impl AsRef<Path>) -> rustix::io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    rustix::mount::move_mount(tree, "", CWD, target.as_ref(), flags)
 }
 
 #[cfg(test)]
