@@ -26,7 +26,7 @@ mod sys;
 
 pub use boot::{log, log_panics, power_off};
 pub use conn::{Conn, Host};
-pub use container::{check_process, check_spec};
+pub use container::{check_process, check_resources, check_spec};
 pub use error::{Error, Kind, Result};
 pub use server::serve;
 

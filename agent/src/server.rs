@@ -123,8 +123,12 @@ impl Agent for Service {
         request: agent::HelloRequest,
     ) -> ttrpc::Result<agent::HelloResponse> {
         boot::synchronize(request.realtime_ns, &request.entropy)?;
-        // While the host digests the answer, the guest gets ready for a container.
-        tokio::spawn(async { boot::prepare() });
+        // While the host digests the answer, the guest gets ready for a container; the answer goes first.
+        tokio::spawn(async {
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            boot::prepare()
+        });
         Ok(agent::HelloResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: rustix::system::uname()

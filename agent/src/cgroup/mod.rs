@@ -44,6 +44,13 @@ pub(crate) fn enable_controllers() -> Result<()> {
         .attempt(|| format!("enable cgroup controllers {enable}"))
 }
 
+/// Whether `resources` can be turned into settings and device rules; applies nothing.
+pub(crate) fn check(resources: &LinuxResources) -> Result<()> {
+    resources::settings(resources, || 0)?;
+    let rules = resources.devices().as_deref().unwrap_or_default();
+    devices::program(rules, false).map(drop)
+}
+
 /// One container's cgroup.
 #[derive(Debug)]
 pub(crate) struct Cgroup {

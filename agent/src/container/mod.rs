@@ -111,6 +111,11 @@ pub fn check_process(process_json: &[u8]) -> Result<()> {
     process::Plan::of(&parse::<SpecProcess>(process_json, "process")?, "", None).map(drop)
 }
 
+/// Parses resources as Update does; for fuzzing and tests.
+pub fn check_resources(resources_json: &[u8]) -> Result<()> {
+    crate::cgroup::check(&parse(resources_json, "resources")?)
+}
+
 fn parse<'a, T: serde::Deserialize<'a>>(json: &'a [u8], what: &str) -> Result<T> {
     serde_json::from_slice(json).map_err(|error| {
         Error::invalid(format!(
