@@ -248,6 +248,16 @@ impl Error {
         }
     }
 
+    /// The same error, telling which file it was where that wasn't known.
+    pub(crate) fn at(mut self, name: &Path) -> Self {
+        if let Self::Io { path, .. } | Self::DiskFull { path } = &mut self
+            && path.as_os_str().is_empty()
+        {
+            name.clone_into(path);
+        }
+        self
+    }
+
     /// The same error, telling which layer it was.
     pub(crate) fn in_layer(mut self, name: &str) -> Self {
         if let Self::BadLayer { layer: what, .. }

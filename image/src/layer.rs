@@ -131,7 +131,8 @@ impl<'a> Layer<'a> {
         apply_marks(&mut self.tree, self.has_links)?;
         let start = self.blob.position() / BLOCK;
         let metadata =
-            erofs::write_metadata(&self.tree, &mut self.blob, start, None, uuid(diff_id))?;
+            erofs::write_metadata(&self.tree, &mut self.blob, start, None, uuid(diff_id))
+                .map_err(|e| e.at(path))?;
         self.blob.flush().map_err(failed)?;
         let blob_bytes = u64::from(metadata.blocks) * BLOCK;
         self.file.set_len(blob_bytes).map_err(failed)?;

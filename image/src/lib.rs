@@ -19,6 +19,7 @@ mod merge;
 mod platform;
 mod progress;
 mod recipe;
+mod reference;
 mod registry;
 mod store;
 mod tar;
@@ -32,8 +33,9 @@ pub use limits::Limits;
 pub use oci_spec::distribution::Reference;
 pub use platform::Platform;
 pub use progress::{Event, NoProgress, Progress};
+pub use reference::parse_reference;
 pub use registry::{RegistryConfig, RegistryHost};
 pub use store::{
     Image, Lease, LoadOptions, LoadSource, Pruned, PullOptions, PullPolicy, Removed, RootfsDisk,
-    SaveTarget, Store, parse_reference,
+    SaveTarget, Store,
 };

@@ -88,7 +88,7 @@ pub(crate) fn merge_files(
         erofs::write_metadata(&merge.tree, &mut blob, start, Some(&kept), uuid(chain_id))?;
     blob.flush()
         .and_then(|()| out.write_all_at(&metadata.head, 0))
-        .map_err(|e| Error::io("cannot write", "the root file system", e))
+        .map_err(|e| Error::io("cannot write root file system", "", e))
 }
 
 fn device(diff_id: &Digest, bytes: u64) -> Result<Device> {

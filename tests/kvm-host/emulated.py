@@ -304,7 +304,10 @@ class Run:
         for item in copies:
             source, _, target = item.partition(":")
             source = os.path.abspath(source)
-            archive.copy(source, target or source, "/copied")
+            if target:
+                archive.copy(source, target, "/copied")
+            else:
+                archive.copy_at_own_path(source, "/copied")
         archive.copy(os.path.realpath(busybox), "/usr/bin/busybox", "/copied")
         applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
         for applet in applets:

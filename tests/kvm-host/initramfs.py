@@ -59,30 +59,30 @@ class Initramfs:
             self.add_file(under + path, data, stat.S_IMODE(status.st_mode))
             if data.startswith(b"\x7fELF"):
                 for library in _libraries(source):
-                    self._copy_at_own_path(library, under)
+                    self.copy_at_own_path(library, under)
             elif data.startswith(b"#!"):
                 interpreter = data[2:].split(b"\n", 1)[0].split()
                 if interpreter and os.path.exists(interpreter[0]):
-                    self._copy_at_own_path(os.fsdecode(interpreter[0]), under)
+                    self.copy_at_own_path(os.fsdecode(interpreter[0]), under)
+
+    def copy_at_own_path(self, path, under=""):
+        """Copies to the same path; /lib, /bin and their like are links on a merged-/usr machine, so to where
+        they lead."""
+        top = "/" + path.split("/")[1]
+        if os.path.islink(top):
+            self.add_symlink(under + top, os.readlink(top))
+            path = os.path.join(os.path.realpath(top), path[len(top) + 1 :])
+        self.copy(path, path, under)
 
     def finish(self):
         """Ends the archive."""
         self._header("TRAILER!!!", 0, 0, (0, 0))
 
     def add_parents(self, path):
-        """Adds the directories above a path, following this machine's links such as /lib."""
+        """Adds the directories above a path."""
         parent = os.path.dirname(path)
         if parent not in ("", "/") and parent not in self._seen:
             self.add_directory(parent)
-
-    def _copy_at_own_path(self, path, under):
-        # /lib, /bin and their like are links on a merged-/usr machine: copy to where they lead,
-        # and add the link itself.
-        top = "/" + path.split("/")[1]
-        if os.path.islink(top):
-            self.add_symlink(under + top, os.readlink(top))
-            path = os.path.join(os.path.realpath(top), path[len(top) + 1 :])
-        self.copy(path, path, under)
 
     def _entry(self, path, mode, data=b"", device=(0, 0)):
         if path in self._seen:

@@ -15,6 +15,9 @@ use crate::{leftovers, paths};
 /// Archives that [`Host::with_images`] has loaded.
 const IMAGES: [&str; 3] = ["busybox.tar", "configured.tar", "museum.tar"];
 
+/// The longest that a guest may take to start, unless a test says otherwise.
+const PATIENT: &str = "start_timeout = 120\n";
+
 /// Where one test's casemate lives, apart from every other test's.
 pub struct Host {
     dir: TempDir,
@@ -28,7 +31,7 @@ impl Host {
         for name in ["state", "data", "home/.config/casemate", "run"] {
             fs::create_dir_all(dir.path().join(name)).expect("the scratch directory is writable");
         }
-        Self { dir, user: None }
+        Self { dir, user: None }.configured("")
     }
 
     /// A host with the fixture images in its store.
@@ -54,6 +57,13 @@ impl Host {
 
     /// Writes the user's configuration file.
     pub fn configured(self, toml: &str) -> Self {
+        // An emulated host on a busy machine may take its time, which is no failure.
+        let patient = if toml.contains("start_timeout") {
+            ""
+        } else {
+            PATIENT
+        };
+        let toml = format!("{patient}{toml}");
         let file = self.dir.path().join("home/.config/casemate/config.toml");
         fs::write(file, toml).expect("the scratch directory is writable");
         self

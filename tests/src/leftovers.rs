@@ -29,7 +29,7 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
     }
 }
 
-/// Directories of sandboxes: `state/<namespace>/<id>`.
+/// Directories of sandboxes: `state/<namespace>/<id>`; the names in use are in a directory beside them.
 fn sandboxes(state: &Path) -> Vec<String> {
     let Ok(namespaces) = fs::read_dir(state) else {
         return Vec::new();
@@ -42,7 +42,7 @@ fn sandboxes(state: &Path) -> Vec<String> {
                 .flatten()
                 .flatten()
         })
-        .filter(|sandbox| sandbox.path().is_dir())
+        .filter(|sandbox| sandbox.path().is_dir() && sandbox.file_name() != "names")
         .map(|sandbox| sandbox.path().display().to_string())
         .collect()
 }

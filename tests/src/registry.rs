@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::fixture::sha256;
+
 /// A running docker-registry; killed when dropped.
 pub struct Registry {
     child: Child,
@@ -94,8 +96,10 @@ pub enum Fault {
     CutLayer,
     /// The last layer stops in the middle and the connection stays open.
     StallLayer,
-    /// Manifests are said to be HTML.
+    /// A login page instead of a manifest, as proxies like to send.
     Html,
+    /// A manifest of Docker's first schema.
+    OldManifest,
     /// Every answer has this status.
     Status(u16),
     /// Bodies trickle, a kilobyte at a time with this many milliseconds between.
@@ -198,9 +202,12 @@ impl Shared {
             )?);
         }
         let (hex, media_type) = if path.contains("/manifests/") {
-            let html = fault == Fault::Html;
-            let oci = "application/vnd.oci.image.manifest.v1+json";
-            (self.manifest.clone(), if html { "text/html" } else { oci })
+            let media_type = match fault {
+                Fault::Html => "text/html",
+                Fault::OldManifest => "application/vnd.docker.distribution.manifest.v1+prettyjws",
+                _ => "application/vnd.oci.image.manifest.v1+json",
+            };
+            (self.manifest.clone(), media_type)
         } else if let Some((_, hex)) = path.split_once("/blobs/sha256:") {
             (hex.to_owned(), "application/octet-stream")
         } else {
@@ -234,14 +241,27 @@ impl Shared {
             let at = body.len() - 2;
             body[at] ^= 1;
         }
-        if fault == Fault::HugeManifest && hex == self.manifest {
-            body = vec![b' '; 64 << 20];
+        if hex == self.manifest {
+            match fault {
+                Fault::HugeManifest => body = vec![b' '; 64 << 20],
+                Fault::Html => body = b"<html><body>Please log in</body></html>".to_vec(),
+                Fault::OldManifest => {
+                    body = br#"{"schemaVersion":1,"name":"museum","tag":"latest","fsLayers":[]}"#
+                        .to_vec();
+                }
+                _ => {}
+            }
         }
         write!(
             out,
             "HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\nContent-Length: {}\r\n\
-             Docker-Content-Digest: sha256:{hex}\r\nConnection: close\r\n\r\n",
-            body.len()
+             Docker-Content-Digest: {}\r\nConnection: close\r\n\r\n",
+            body.len(),
+            if corrupt {
+                format!("sha256:{hex}")
+            } else {
+                sha256(&body)
+            },
         )?;
         if method == "HEAD" {
             return Ok(());

@@ -9,8 +9,9 @@ use crate::convert::{Expected, mismatch};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::progress::Event;
+use crate::reference::parse_reference;
 use crate::registry::{Descriptor, Manifest, Select, parse, select};
-use crate::store::{Config, Image, LoadOptions, LoadSource, Store, UseLock, parse_reference};
+use crate::store::{Config, Image, LoadOptions, LoadSource, Store, UseLock};
 
 use super::input::{Input, Part};
 use super::*;

@@ -7,7 +7,8 @@ use std::io::{self, Read};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result};
 use crate::recipe::{ArchiveReader, archive_length};
-use crate::store::{SaveTarget, Saved, Store, parse_reference};
+use crate::reference::parse_reference;
+use crate::store::{SaveTarget, Saved, Store};
 
 use super::output::{DirectoryOutput, Output, TarOutput};
 use super::*;

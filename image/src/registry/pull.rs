@@ -10,6 +10,7 @@ use crate::convert::{Expected, Pieces};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::progress::Event;
+use crate::reference::key;
 use crate::store::{Config, Image, PullOptions, PullPolicy, Store};
 
 use super::client::{Endpoint, endpoints};
@@ -36,7 +37,7 @@ impl Store {
         let name = reference.whole();
         if options.policy != PullPolicy::Always {
             match self
-                .find(&name)?
+                .find(&key(reference))?
                 .filter(|image| options.platform.accepts(&image.platform))
             {
                 Some(image) => return Ok(image),

@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::digest::Digest;
 use crate::erofs::Reader;
 use crate::error::{Error, Result};
+use crate::reference::parse_reference;
 
 use super::files::{self, clean_tmp, disk_bytes};
 use super::index::{Index, Record};
@@ -20,8 +21,7 @@ impl Store {
     pub fn remove(&self, name_or_id: &str, force: bool) -> Result<Removed> {
         let mut removed = Index::update(&self.paths, |index| {
             let record = require(index, name_or_id)?.clone();
-            let name = name_or_id
-                .parse::<oci_spec::distribution::Reference>()
+            let name = parse_reference(name_or_id)
                 .ok()
                 .map(|name| name.whole())
                 .filter(|name| record.names.contains(name));

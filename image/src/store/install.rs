@@ -244,7 +244,7 @@ impl Store {
                     path: self.paths.layer(id),
                 })
                 .collect();
-            merge(&layers, &chain, &partial.file)?;
+            merge(&layers, &chain, &partial.file).map_err(|e| e.at(&partial.path))?;
             partial.publish(&target)?;
         }
     }

@@ -27,6 +27,7 @@ use oci_spec::image::ImageConfiguration;
 use crate::archive::SavedLayer;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::reference::{key, parse_reference};
 
 use files::Paths;
 use index::{Index, Record};
@@ -41,15 +42,6 @@ pub use options::{LoadOptions, LoadSource, PullOptions, PullPolicy, SaveTarget};
 #[derive(Clone, Debug)]
 pub struct Store {
     paths: Paths,
-}
-
-/// Parses a name as users write it (`debian`, `registry:5000/a/b:tag`, `name@sha256:…`) into the full form.
-pub fn parse_reference(name: &str) -> Result<Reference> {
-    name.parse()
-        .map_err(|e: oci_spec::distribution::ParseError| Error::BadName {
-            name: name.to_owned(),
-            reason: e.to_string(),
-        })
 }
 
 impl Store {
@@ -137,10 +129,9 @@ impl Store {
 
 /// Names come before ids: an image may be called `beef`.
 fn find<'a>(index: &'a Index, name_or_id: &str) -> Result<Option<&'a Record>> {
-    let by_name = name_or_id
-        .parse::<Reference>()
+    let by_name = parse_reference(name_or_id)
         .ok()
-        .and_then(|name| index.by_name(&name.whole()));
+        .and_then(|name| index.by_name(&key(&name)));
     if by_name.is_some() {
         return Ok(by_name);
     }
@@ -169,7 +160,7 @@ impl Store {
         let mut all: Vec<Saved> = Vec::new();
         for text in names_or_ids {
             let record = require(&index, text)?;
-            let name = text.parse::<Reference>().ok().map(|name| name.whole());
+            let name = parse_reference(text).ok().map(|name| name.whole());
             let names = match name.filter(|name| record.names.contains(name)) {
                 Some(name) => vec![name],
                 None => record.names.clone(),

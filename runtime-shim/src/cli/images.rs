@@ -72,6 +72,7 @@ pub(super) async fn for_run(
         && let Some(image) = store.find(name)?
         && (wanted.is_none() || platform.accepts(&image.platform))
     {
+        runs_here(name, &image)?;
         return Ok((store, image));
     }
     if when == PullWhen::Never {
@@ -86,7 +87,20 @@ pub(super) async fn for_run(
         false,
     )
     .await?;
+    runs_here(name, &image)?;
     Ok((store, image))
+}
+
+/// An archive may hold an image of another platform, and a registry may be asked for one: storing it is fine, running it isn't.
+fn runs_here(name: &str, image: &Image) -> anyhow::Result<()> {
+    let host = Platform::host();
+    if !host.accepts(&image.platform) {
+        bail!(
+            "image {name} is for {}, and this host runs {host}",
+            image.platform
+        );
+    }
+    Ok(())
 }
 
 async fn pull_into(

@@ -93,7 +93,7 @@ fn registry_that_is_broken_is_named_with_its_status() {
 
 #[test]
 fn manifest_of_the_wrong_type_or_size_is_refused() {
-    for fault in [Fault::Html, Fault::HugeManifest] {
+    for fault in [Fault::Html, Fault::OldManifest, Fault::HugeManifest] {
         let host = Host::new().configured(IMPATIENT);
         pull(&host, fault).fails();
         nothing_is_stored(&host);

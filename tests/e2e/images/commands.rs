@@ -11,7 +11,7 @@ fn images_are_listed_as_a_table_as_json_and_by_a_template() {
         .succeeds()
         .mentions("REPOSITORY")
         .mentions("TAG")
-        .mentions("IMAGE ID")
+        .mentions(" ID ")
         .mentions("busybox");
 
     let json = host
