@@ -93,7 +93,7 @@ impl Journal {
     }
 }
 
-/// Kills what is still alive of `taken`, and nothing else.
+/// Kills what is still alive of `taken` but for ourselves, and nothing else.
 pub fn kill_processes(taken: &[Taken]) {
     let this_boot = boot_id();
     for item in taken {
@@ -103,7 +103,7 @@ pub fn kill_processes(taken: &[Taken]) {
         else {
             continue;
         };
-        let Some(raw) = Pid::from_raw(*pid) else {
+        let Some(raw) = Pid::from_raw(*pid).filter(|p| *p != rustix::process::getpid()) else {
             continue;
         };
         // Open first, compare then: the number can't be given to another process in between.

@@ -400,7 +400,7 @@ impl SandboxDir {
     }
 
     /// Gives everything back and removes the directory.
-    pub fn remove(self) -> Result<(), StateError> {
+    pub fn remove(&self) -> Result<(), StateError> {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
         journal::delete_files(&taken).map_err(io_error(

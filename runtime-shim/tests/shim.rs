@@ -457,6 +457,7 @@ async fn shim_whose_front_door_died_ends_its_sandbox() {
     f.lifeline = None;
     f.shim_ends();
     assert!(gone_soon(vmm));
+    assert!(!f.bundle.exists());
 }
 
 #[tokio::test]

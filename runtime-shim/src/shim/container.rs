@@ -336,7 +336,7 @@ impl Container {
             all,
             ..Default::default()
         };
-        let kills_init = exec_id.is_empty() && signal == libc_sigkill();
+        let kills_init = exec_id.is_empty() && signal == SIGKILL;
         match self.sandbox.agent.kill(&request).await {
             Err(CallError::Timeout { .. } | CallError::Connection { .. }) if kills_init => {
                 self.sandbox.vm.kill();
@@ -349,8 +349,15 @@ impl Container {
 
     /// Ends the sandbox; what it wrote is kept unless `discard`.
     pub(super) async fn end(&self, discard: bool) {
-        const STREAMS_FOLLOW: Duration = Duration::from_secs(10);
-        if !discard && self.sandbox.vm.ended().borrow().is_none() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let runs = self.init.life() == Life::Running;
+        if discard && runs {
+            self.sandbox.vm.kill();
+        } else if !discard && self.sandbox.vm.ended().borrow().is_none() {
+            if runs {
+                let _ = self.kill("", SIGKILL, true).await;
+                let _ = tokio::time::timeout(PATIENCE, self.init.exited()).await;
+            }
             let request = proto::ContainerRequest {
                 id: self.id.clone(),
                 ..Default::default()
@@ -358,14 +365,13 @@ impl Container {
             // What can't be unmounted here is synced by the shutdown that follows.
             let _ = self.sandbox.agent.delete_container(&request).await;
         }
-        self.init.drained(STREAMS_FOLLOW).await;
+        self.init.drained(PATIENCE).await;
         self.sandbox.stop(discard).await;
     }
 }
 
-fn libc_sigkill() -> u32 {
-    rustix::process::Signal::KILL.as_raw() as u32
-}
+/// The signal that can't be caught.
+pub(super) const SIGKILL: u32 = rustix::process::Signal::KILL.as_raw() as u32;
 
 /// Rows and columns that the front door's terminal has; 0: unknown.
 fn console_size(spec: &Spec) -> (u32, u32) {

@@ -91,11 +91,11 @@ pub fn run(serve: Serve) -> anyhow::Result<()> {
 
 async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyhow::Result<()> {
     let (leave, mut leaving) = watch::channel(false);
-    let recorder = Recorder {
+    let recorder = Arc::new(Recorder {
         dir: SandboxDir::inherited(serve.dir.clone(), serve.lock),
         discard: serve.discard,
         status: Mutex::default(),
-    };
+    });
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
@@ -103,7 +103,7 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         console: serve.console,
         discard: serve.discard,
         shim_main,
-        observer: Arc::new(recorder),
+        observer: recorder.clone(),
         leave,
         container: tokio::sync::Mutex::new(None),
     });
@@ -114,7 +114,13 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
 
     tokio::select! {
         _ = leaving.wait_for(|leave| *leave) => {}
-        () = alone(serve.lifeline) => service.abandon().await,
+        () = alone(serve.lifeline) => {
+            service.abandon().await;
+            if serve.discard {
+                // Nobody else is left to do it; what fails here, the next command does.
+                let _ = recorder.dir.remove();
+            }
+        }
     }
     // Sends the last answers.
     let _ = server.shutdown().await;

@@ -1,7 +1,7 @@
 //! containerd's Task service for the one container of a sandbox.
 
 use super::agent::CallError;
-use super::container::{Container, ContainerError, Create, Observer};
+use super::container::{Container, ContainerError, Create, Observer, SIGKILL};
 use super::launch::Launch;
 use super::process::{Exit, Life, Process};
 use super::stats;
@@ -283,10 +283,9 @@ impl Task for Service {
             .await
             .map_err(failed)?;
         // A process that was never started has nobody who waits for it in the guest.
-        const KILL: u32 = 9;
-        if process.life() == Life::Created && req.signal == KILL {
+        if process.life() == Life::Created && req.signal == SIGKILL {
             process.set_exited(Exit {
-                status: 128 + KILL,
+                status: 128 + SIGKILL,
                 at_ns: crate::state::now_ns(),
             });
         }
