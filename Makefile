@@ -57,6 +57,7 @@ unit: setup-test
 	cargo test --workspace --quiet
 
 e2e: setup-test build ## the end-to-end tests, on the KVM host
+	vmm/tests/run
 	tests/run-e2e
 
 fuzz: setup-test ## FUZZ_SECONDS=60 for each target
