@@ -53,21 +53,32 @@ impl Bench {
         self.prefix.join("bin/casemate")
     }
 
-    /// Measures a group on the KVM host.
-    pub(crate) fn measure(&self, group: &str, samples: usize) -> Result<Vec<Figure>> {
-        let mut figures = self.on_host(group, samples, None)?;
+    /// Measures a group on the KVM host; what was measured before a failure is kept.
+    pub(crate) fn measure(
+        &self,
+        group: &str,
+        samples: usize,
+        figures: &mut Vec<Figure>,
+    ) -> Result<()> {
+        self.on_host(group, samples, None, figures)?;
         if group == "boots" {
             let file = self.dir.join("exits.json");
-            self.on_host("one-boot", 1, Some(&file))?;
+            self.on_host("one-boot", 1, Some(&file), figures)?;
             let details: BTreeMap<String, f64> = serde_json::from_slice(&fs::read(&file)?)?;
             let mut exits = Figure::plain("boot_exits", "exits", vec![details.values().sum()]);
             exits.details = details;
             figures.push(exits);
         }
-        Ok(figures)
+        Ok(())
     }
 
-    fn on_host(&self, group: &str, samples: usize, exits: Option<&Path>) -> Result<Vec<Figure>> {
+    fn on_host(
+        &self,
+        group: &str,
+        samples: usize,
+        exits: Option<&Path>,
+        figures: &mut Vec<Figure>,
+    ) -> Result<()> {
         let this = std::env::current_exe()?;
         let mut command = Command::new(self.root.join("tests/kvm-host/run"));
         command.args(["--timeout", "3000"]);
@@ -96,17 +107,12 @@ impl Bench {
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
             .output()?;
-        let text = String::from_utf8(out.stdout)?;
-        ensure!(
-            out.status.success(),
-            "{group} on the KVM host: {}\n{text}",
-            out.status
-        );
-        text.lines()
-            .map(|line| {
-                serde_json::from_str(line).with_context(|| format!("{group} printed {line:?}"))
-            })
-            .collect()
+        for line in String::from_utf8(out.stdout)?.lines() {
+            let figure = serde_json::from_str(line);
+            figures.push(figure.with_context(|| format!("{group} printed {line:?}"))?);
+        }
+        ensure!(out.status.success(), "the KVM host: {}", out.status);
+        Ok(())
     }
 
     /// What has to be copied to a host that has no disk.

@@ -260,10 +260,11 @@ fn hello(mut stream: &UnixStream) -> Result<()> {
     ensure!(length < 4096, "the agent's answer has {length} bytes");
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    // Field 1 of a response is an error status, field 2 the payload.
+    // Field 1 of a response is the status, empty where all is well.
     ensure!(
-        body.first() == Some(&0x12),
-        "the agent answered with an error: {body:?}"
+        !matches!(body[..], [0x0a, length, ..] if length > 0),
+        "the agent answered with an error: {}",
+        String::from_utf8_lossy(&body)
     );
     Ok(())
 }

@@ -58,16 +58,6 @@ fn guest_that_powers_off_before_it_answers_is_an_error() {
 }
 
 #[test]
-fn guest_that_crashes_says_where() {
-    let host = with_initrd("crashes");
-    host.run(["busybox", "true"])
-        .ends_with(125)
-        .complains_of("panic")
-        .complains_of("sysrq");
-    host.is_clean();
-}
-
-#[test]
 fn guest_out_of_memory_says_so() {
     let host = with_initrd("hogs");
     host.run(["--memory", "64m", "busybox", "true"])

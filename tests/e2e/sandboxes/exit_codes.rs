@@ -17,8 +17,8 @@ fn exit_code_of_the_workload_is_that_of_the_command() {
 fn death_by_signal_is_128_and_the_signal() {
     let host = Host::with_images();
     // PID 1 of a container ignores signals it has no handler for, so a child dies and the shell tells.
-    host.script("sh -c 'kill -9 $$'").ends_with(137);
-    host.script("sh -c 'kill -SEGV $$'").ends_with(139);
+    host.script("sh -c 'kill -9 $$'; exit $?").ends_with(137);
+    host.script("sh -c 'kill -SEGV $$'; exit $?").ends_with(139);
 }
 
 #[test]

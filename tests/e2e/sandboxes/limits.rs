@@ -5,7 +5,8 @@ use casemate_tests::Host;
 #[test]
 fn cpus_given_are_cpus_seen() {
     let host = Host::with_images();
-    for cpus in ["1", "2", "4"] {
+    // No more than any KVM host of these tests has.
+    for cpus in ["1", "2"] {
         host.run(["--cpus", cpus, "busybox", "nproc"])
             .succeeds()
             .prints(&format!("{cpus}\n"));

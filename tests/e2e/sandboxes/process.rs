@@ -188,7 +188,11 @@ fn zombies_of_the_workload_end_with_it() {
 #[test]
 fn loopback_is_the_only_network() {
     let host = Host::with_images();
-    let script = "ls /sys/class/net; echo hello | nc -l -p 7777 127.0.0.1 & sleep 0.3; nc 127.0.0.1 7777 </dev/null";
-    let out = host.script(script);
-    assert_eq!(out.succeeds().text(), "lo\nhello\n");
+    host.run(["busybox", "ls", "/sys/class/net"])
+        .succeeds()
+        .prints("lo\n");
+    // The listener needs its moment until it listens.
+    let script = "nc -l -p 7777 -e echo hello & \
+                  until nc 127.0.0.1 7777 </dev/null 2>/dev/null; do sleep 0.1; done";
+    host.script(script).succeeds().prints("hello\n");
 }
