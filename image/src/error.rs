@@ -24,7 +24,7 @@ pub enum Error {
 
     /// The disk that holds the store is full.
     #[error(
-        "no space left on the disk that holds {}; free some space or run `casemate image prune`, then try again (finished layers are kept)",
+        "no space left on the disk that holds {}; free some space or run `casemate prune`, then try again (finished layers are kept)",
         path.display()
     )]
     DiskFull {

@@ -26,21 +26,6 @@ fn terminal_is_a_terminal_of_the_same_size() {
 }
 
 #[test]
-fn window_that_changes_its_size_tells_the_workload() {
-    let host = Host::with_images();
-    let mut terminal = shell(&host);
-    terminal
-        .shows("# ")
-        .types("trap 'echo size $(stty size)' WINCH\n")
-        .shows("# ");
-    terminal.resizes(50, 132);
-    // The shell runs a trap once a command ends.
-    terminal.types("sleep 1\n").shows("size 50 132");
-    terminal.types("exit\n");
-    assert_eq!(terminal.ends(), 0);
-}
-
-#[test]
 fn ctrl_c_interrupts_the_foreground_and_not_the_shell() {
     let host = Host::with_images();
     let mut terminal = shell(&host);
