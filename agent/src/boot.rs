@@ -64,6 +64,8 @@ fn mount_all() -> Result<()> {
         std::fs::create_dir_all(target).attempt(|| format!("create {target}"))?;
         mount(kind, target, kind, flags, None).attempt(|| format!("mount {kind} at {target}"))?;
     }
+    // A container without a network namespace of its own has the guest's.
+    sys::loopback_up().attempt(|| "bring the loopback interface up".into())?;
     adopt()
 }
 

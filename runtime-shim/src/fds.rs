@@ -1,8 +1,9 @@
 //! Handing open descriptors to a child process: those named and no others.
 //!
-//! Everything we open is close-on-exec. For the one `spawn` that shall pass a
-//! descriptor on, the flag is taken off it and put back right after; a lock keeps
-//! another such `spawn` from passing it on too.
+//! Everything we open is close-on-exec, and what our own parent left open becomes
+//! so. For the one `spawn` that shall pass a descriptor on, the flag is taken off
+//! it and put back right after; a lock keeps another such `spawn` from passing it
+//! on too.
 
 use rustix::io::FdFlags;
 use std::io;
@@ -22,9 +23,20 @@ pub fn spawn_with(command: &mut Command, passed: &[BorrowedFd<'_>]) -> io::Resul
         }
         Ok(())
     };
+    close_the_rest_on_exec()?;
     let spawned = set_all(FdFlags::empty()).and_then(|()| command.spawn());
     set_all(FdFlags::CLOEXEC)?;
     spawned
+}
+
+/// Marks every descriptor but the standard streams close-on-exec (close_range(2)).
+#[allow(unsafe_code)] // no safe wrapper has it
+fn close_the_rest_on_exec() -> io::Result<()> {
+    // SAFETY: CLOSE_RANGE_CLOEXEC closes nothing and touches no memory.
+    match unsafe { libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Takes over a descriptor that the parent process passed by its number.

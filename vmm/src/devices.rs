@@ -338,6 +338,11 @@ impl Place<'_> {
     }
 }
 
+/// Interrupt lines from 0 up to the last device's.
+pub fn lines(config: &VmConfig) -> usize {
+    usize::from(layout::FIRST_VIRTIO_IRQ) + config.devices()
+}
+
 fn address(index: usize) -> u64 {
     layout::VIRTIO_MMIO + index as u64 * layout::VIRTIO_MMIO_SIZE
 }

@@ -4,7 +4,6 @@ use crate::arch::current::layout::HIGH_MEMORY;
 use crate::memory::GuestMemory;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use vm_memory::{Bytes, GuestAddress};
 
 /// Program headers of a kernel; Linux has four or five.
 const MAX_SEGMENTS: u16 = 32;
@@ -64,7 +63,7 @@ struct Segment {
 }
 
 /// Reads each loadable segment to its physical address. The rest of guest memory must still be zero.
-pub fn load(memory: &GuestMemory, mut file: &File) -> Result<Loaded, Error> {
+pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded, Error> {
     let (entry, segments) = read_headers(file)?;
     let (low, high) = (HIGH_MEMORY, memory.map().log_start());
     let mut end = 0;
@@ -80,15 +79,11 @@ pub fn load(memory: &GuestMemory, mut file: &File) -> Result<Loaded, Error> {
             });
         }
         end = end.max(segment_end);
-        let what = "a segment";
-        file.seek(SeekFrom::Start(segment.offset))
-            .map_err(|source| Error::Read { what, source })?;
         memory
-            .mmap()
-            .read_exact_volatile_from(GuestAddress(start), &mut file, segment.file_size as usize)
+            .read_file(start, file, segment.offset, segment.file_size)
             .map_err(|source| Error::Read {
-                what,
-                source: io::Error::other(source),
+                what: "a segment",
+                source,
             })?;
     }
     if !segments
@@ -161,6 +156,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::io::Write;
+    use vm_memory::{Bytes, GuestAddress};
 
     const LOAD_AT: u64 = 0x100_0000;
 

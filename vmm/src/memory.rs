@@ -4,7 +4,8 @@
 use crate::arch::current::{self as arch, layout};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -102,6 +103,21 @@ impl GuestMemory {
         self.mmap
             .write_slice(bytes, GuestAddress(address))
             .map_err(|source| arch::Error::Memory { address, source })
+    }
+
+    /// Reads part of a file to a guest physical address. (A mapping and a copy instead of
+    /// `read` cost a third more instructions: 7.7 against 5.7 million for 12 MB.)
+    pub fn read_file(
+        &self,
+        address: u64,
+        mut file: &File,
+        offset: u64,
+        size: u64,
+    ) -> io::Result<()> {
+        file.seek(SeekFrom::Start(offset))?;
+        self.mmap
+            .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
+            .map_err(io::Error::other)
     }
 
     /// Makes every region a memory slot of the VM.

@@ -210,6 +210,8 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
                 let reason = format!("KVM has no memory at {gpa:#x}, {size} bytes");
                 return Some(Outcome::new(exit_code::KVM_FAILED, reason));
             }
+            // Never asked for: no route is level-triggered.
+            Ok(VcpuExit::IoapicEoi(_)) => ExitClass::Other,
             Ok(VcpuExit::Intr) => ExitClass::Kicked,
             Ok(exit) => {
                 let reason = format!("KVM left the guest for an unknown reason: {exit:?}");

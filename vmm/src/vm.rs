@@ -19,11 +19,9 @@ use crate::serial::Serial;
 use crate::vcpu::{self, Vcpu, install_kick_handler};
 use casemate_protocol::POWER_PORT;
 use kvm_ioctls::{Kvm, VmFd};
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const PAGE: u64 = 4096;
@@ -82,7 +80,7 @@ pub struct Vm {
     pub(crate) devices: Devices,
     pub(crate) poller: Arc<Poller>,
     /// Kept open: memory slots and interrupts live as long as it does.
-    pub(crate) _fd: VmFd,
+    pub(crate) _fd: Arc<VmFd>,
 }
 
 impl Vm {
@@ -90,6 +88,7 @@ impl Vm {
     pub fn boot(config: &VmConfig, phases: &mut Phases) -> Result<Self, Error> {
         let kvm = open_kvm(config.kvm)?;
         let fd = kvm.create_vm().map_err(arch::kvm_error("create a VM"))?;
+        let fd = Arc::new(fd);
         let memory = GuestMemory::allocate(config.memory_mib)?;
         memory.register(&fd)?;
         arch::create_irqchip(&fd)?;
@@ -97,6 +96,7 @@ impl Vm {
         let ending = Arc::new(Ending::new().map_err(io_error("eventfd"))?);
         let poller = Arc::new(Poller::new().map_err(io_error("epoll"))?);
         let mut mmio = Bus::default();
+        arch::attach_ioapic(&fd, &ending, devices::lines(config), &mut mmio);
         let mut ports = Bus::default();
         ports.insert(POWER_PORT.into(), 1, Arc::new(Power(ending.clone())));
         let serial_irq = attach_serial(config.console, &fd, &mut ports)?;
@@ -196,9 +196,8 @@ fn attach_serial(console: Option<Fd>, vm: &VmFd, ports: &mut Bus) -> Result<Opti
 
 /// Reads the initrd to the end of low memory, under the guest log.
 fn load_initrd(memory: &GuestMemory, fd: Fd, kernel_end: u64) -> Result<(u64, u64), Error> {
-    let mut file: File = take_file(fd).map_err(Error::Initrd)?;
-    let size = file.seek(SeekFrom::End(0)).map_err(Error::Initrd)?;
-    file.rewind().map_err(Error::Initrd)?;
+    let file = take_file(fd).map_err(Error::Initrd)?;
+    let size = file.metadata().map_err(Error::Initrd)?.len();
     let too_large = Error::InitrdTooLarge { size, kernel_end };
     let Some(address) = memory.map().log_start().checked_sub(size) else {
         return Err(too_large);
@@ -208,9 +207,8 @@ fn load_initrd(memory: &GuestMemory, fd: Fd, kernel_end: u64) -> Result<(u64, u6
         return Err(too_large);
     }
     memory
-        .mmap()
-        .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
-        .map_err(|error| Error::Initrd(io::Error::other(error)))?;
+        .read_file(address, &file, 0, size)
+        .map_err(Error::Initrd)?;
     Ok((address, size))
 }
 

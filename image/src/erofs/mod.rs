@@ -12,5 +12,5 @@ mod xattr;
 
 pub(crate) use format::BLOCK;
 pub(crate) use reader::{Data, Kind as NodeKind, Node, Reader, Source};
-pub(crate) use writer::{Device, head_blocks, write_metadata};
+pub(crate) use writer::{Device, head_blocks, sealed, write_metadata};
 pub(crate) use xattr::is_storable;

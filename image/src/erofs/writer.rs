@@ -342,3 +342,18 @@ fn superblock(
     head[base + 4..base + 8].copy_from_slice(&sum.to_le_bytes());
     Ok(head)
 }
+
+/// For fuzzing: `bytes` with a superblock that passes the reader's first checks.
+pub(crate) fn sealed(bytes: &[u8]) -> Vec<u8> {
+    let mut image = bytes.to_vec();
+    image.resize(image.len().max(BLOCK as usize), 0);
+    let base = SUPER_OFFSET;
+    image[base..base + 4].copy_from_slice(&MAGIC.to_le_bytes());
+    image[base + 4..base + 8].fill(0);
+    image[base + 8..base + 14].copy_from_slice(&[COMPAT_CHECKSUM as u8, 0, 0, 0, BLOCK_BITS, 0]);
+    image[base + 80] &= (INCOMPAT_CHUNKED | INCOMPAT_DEVICES) as u8;
+    image[base + 81..base + 84].fill(0);
+    let sum = checksum(&image[base..BLOCK as usize]);
+    image[base + 4..base + 8].copy_from_slice(&sum.to_le_bytes());
+    image
+}

@@ -410,6 +410,7 @@ proptest! {
                 image[at] = *byte;
             }
             crate::fuzz::erofs_reader(&image);
+            crate::fuzz::erofs_reader(&crate::fuzz::sealed_erofs(&image));
         }
     }
 }

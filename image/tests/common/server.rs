@@ -220,7 +220,11 @@ impl Server {
                     .parse::<usize>()
                     .ok()
             });
-            let extra = format!("Docker-Content-Digest: {digest}\r\n");
+            let mut extra = format!("Docker-Content-Digest: {digest}\r\n");
+            let document = serde_json::from_slice::<serde_json::Value>(&body).unwrap_or_default();
+            if let Some(media_type) = document["mediaType"].as_str() {
+                extra += &format!("Content-Type: {media_type}\r\n");
+            }
             (
                 if offset.is_some() { 206 } else { 200 },
                 extra,

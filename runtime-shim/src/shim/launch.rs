@@ -152,7 +152,8 @@ impl Sandbox {
             vcpus: plan.vcpus,
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
-            cmdline: String::new(),
+            // The driver makes one dummy interface unasked; containers would see it.
+            cmdline: "dummy.numdummies=0".into(),
             disks: disk_configs(plan, &disks),
             nets: Vec::new(),
             vsock: Some(VsockConfig {

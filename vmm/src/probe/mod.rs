@@ -79,7 +79,7 @@ pub fn run(device: File) -> Result<(), ProbeError> {
     let kvm = kvm_of(device)?;
     for (capability, name) in [
         (Cap::UserMemory, "user memory"),
-        (Cap::Irqchip, "an interrupt controller (KVM_CAP_IRQCHIP)"),
+        (Cap::SplitIrqchip, "local APICs (KVM_CAP_SPLIT_IRQCHIP)"),
         (Cap::Irqfd, "irqfd"),
         (Cap::Ioeventfd, "ioeventfd"),
         (Cap::ImmediateExit, "immediate exit"),

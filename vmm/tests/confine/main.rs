@@ -3,7 +3,9 @@
 //! The program starts itself as that process (`subject`), so it has a `main`
 //! of its own instead of the test harness: confinement needs a process with one thread.
 
+mod guest;
 mod observe;
+mod rules;
 mod running;
 mod start;
 mod subject;
@@ -74,6 +76,7 @@ fn main() {
         }
     }
     trials.extend(running::trials());
+    trials.push(rules::trial());
     libtest_mimic::run(&args, trials).exit();
 }
 

@@ -208,8 +208,12 @@ impl Running {
     fn receive(&mut self) -> Option<Message> {
         let mut packet = vec![0; MAX_MESSAGE];
         let control = self.control.as_ref()?;
-        let (length, _) =
-            recv(control, &mut packet[..], RecvFlags::empty()).expect("an answer in time");
+        let received = match recv(control, &mut packet[..], RecvFlags::empty()) {
+            // The VMM ended with a request unread: said once, before what it had sent.
+            Err(rustix::io::Errno::CONNRESET) => recv(control, &mut packet[..], RecvFlags::empty()),
+            other => other,
+        };
+        let (length, _) = received.expect("an answer in time");
         if length == 0 {
             return None;
         }

@@ -35,6 +35,8 @@ pub const LAST_IRQ: u8 = 23;
 
 /// IO-APIC registers.
 pub const IO_APIC: u32 = 0xfec0_0000;
+/// Its interrupt lines.
+pub const IO_APIC_PINS: usize = LAST_IRQ as usize + 1;
 /// Local APIC registers.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// One page that KVM needs on old Intel processors (real mode without "unrestricted guest").

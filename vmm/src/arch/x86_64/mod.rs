@@ -5,15 +5,23 @@
 
 pub mod boot_params;
 pub mod cpuid;
+pub mod ioapic;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
-pub mod state;
 
+use crate::bus::Bus;
+use crate::ending::{Ending, Outcome};
+use crate::exit_code;
 use crate::memory::GuestMemory;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
+use ioapic::{IoApic, Route};
+use kvm_bindings::{
+    CpuId, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_irq_routing_msi,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use layout::{BOOT_PARAMS, CMDLINE, GDT, IDENTITY_MAP, MP_TABLE, PAGE_TABLES, TSS};
+use std::sync::Arc;
 
 /// What went wrong while the machine was put together.
 #[derive(Debug, thiserror::Error)]
@@ -46,9 +54,8 @@ pub(crate) fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) ->
     move |source| Error::Kvm { what, source }
 }
 
-/// Gives the VM its interrupt controllers: local APICs, IO-APIC and PICs in
-/// KVM with their default routes, set in one go. No PIT: the guest's clock is
-/// kvmclock and its timer the TSC deadline.
+/// Gives the VM its interrupt controllers: local APICs in KVM, the IO-APIC
+/// here, no PIC. No PIT: the guest's clock is kvmclock, its timer the TSC deadline.
 pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
     vm.set_identity_map_address(IDENTITY_MAP)
         .map_err(kvm_error("set the identity map's address"))?;
@@ -62,8 +69,49 @@ pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
     };
     // Linux before 5.18 lacks the capability; the CPUID leaves are cleared either way.
     let _ = vm.enable_cap(&pmu);
-    vm.create_irq_chip()
+    let split = kvm_enable_cap {
+        cap: kvm_bindings::KVM_CAP_SPLIT_IRQCHIP,
+        args: [layout::IO_APIC_PINS as u64, 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&split)
         .map_err(kvm_error("create the interrupt controllers"))
+}
+
+/// Puts an IO-APIC with so many lines on the bus: Linux saves and restores each at boot,
+/// and every access is a VM exit.
+pub fn attach_ioapic(vm: &Arc<VmFd>, ending: &Arc<Ending>, lines: usize, mmio: &mut Bus) {
+    let (vm, ending) = (vm.clone(), ending.clone());
+    let set = move |routes: &[Route]| {
+        if let Err(error) = set_routes(&vm, routes) {
+            let reason = format!("KVM refused interrupt routes: {error}");
+            ending.end(Outcome::new(exit_code::VMM_FAILED, reason));
+        }
+    };
+    let ioapic = Arc::new(IoApic::new(lines, Box::new(set)));
+    mmio.insert(layout::IO_APIC.into(), ioapic::SIZE, ioapic);
+}
+
+/// All routes in one go.
+fn set_routes(vm: &VmFd, routes: &[Route]) -> Result<(), kvm_ioctls::Error> {
+    let entry = |route: &Route| {
+        let mut entry = kvm_irq_routing_entry {
+            gsi: route.pin.into(),
+            type_: KVM_IRQ_ROUTING_MSI,
+            ..Default::default()
+        };
+        entry.u.msi = kvm_irq_routing_msi {
+            address_lo: route.address,
+            address_hi: 0,
+            data: route.data,
+            ..Default::default()
+        };
+        entry
+    };
+    let entries: Vec<_> = routes.iter().map(entry).collect();
+    let table =
+        KvmIrqRouting::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
+    vm.set_gsi_routing(&table)
 }
 
 /// The CPUID that every vCPU's own is derived from.

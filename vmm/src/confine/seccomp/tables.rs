@@ -79,8 +79,8 @@ pub(super) const COMMON: &[Rule] = &[
     ),
     rule!(
         SYS_fcntl,
-        [is(1, &[libc::F_DUPFD_CLOEXEC as u32, libc::F_GETFD as u32])],
-        "an activated device gets its own descriptor of each kick; debug builds check what they close"
+        [is(1, &[libc::F_GETFD as u32])],
+        "debug builds check what they close"
     ),
     rule!(
         SYS_clock_gettime,
@@ -164,8 +164,11 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
 pub(super) const VCPU: &[Rule] = &[
     rule!(
         SYS_ioctl,
-        [is(1, &[KVM_RUN, TUNSETOFFLOAD, KVM_GET_REGS])],
-        "enters the guest; a virtio-net driver says what it takes; where the guest was when KVM gave up"
+        [is(
+            1,
+            &[KVM_RUN, KVM_SET_GSI_ROUTING, TUNSETOFFLOAD, KVM_GET_REGS]
+        )],
+        "enters the guest; the guest programs the IO-APIC; a virtio-net driver says what it takes; where the guest was when KVM gave up"
     ),
     rule!(
         SYS_epoll_ctl,
@@ -220,5 +223,7 @@ const ZERO_RANGE: u32 = (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE)
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xae80;
+/// `_IOW(KVMIO, 0x6a, struct kvm_irq_routing)`.
+const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
 const KVM_GET_REGS: u32 = 0x8090_ae81;

@@ -1,1 +1,0 @@
-//! Saved state of vCPUs, interrupt controllers and clock.
