@@ -5,6 +5,7 @@ use casemate_tests::Host;
 #[test]
 fn cpus_given_are_cpus_seen() {
     let host = Host::with_images();
+    // No more than any KVM host of these tests has.
     for cpus in ["1", "2"] {
         host.run(["--cpus", cpus, "busybox", "nproc"])
             .succeeds()
