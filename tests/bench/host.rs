@@ -127,12 +127,12 @@ impl Bench {
                 "/usr/share/qemu",
                 "/usr/share/seabios",
             ],
-            "runs" | "gate" => &["/usr/sbin/runc", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"],
+            "runs" => &["/usr/sbin/runc", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"],
             "block" => &["/usr/bin/fio", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"],
             _ => &[],
         };
         paths.extend(tools.iter().map(PathBuf::from).filter(|path| path.exists()));
-        if group != "boots" && group != "one-boot" {
+        if !matches!(group, "boots" | "one-boot" | "gate") {
             paths.push(self.dir.join("data"));
         }
         if let Some(firecracker) = std::env::var_os("FIRECRACKER").filter(|_| group == "boots") {

@@ -111,7 +111,6 @@ pub(crate) fn runs(at: &Installed, samples: usize) -> Result<()> {
 /// Our side of all starts, for a quick comparison with what is committed.
 pub(crate) fn starts(at: &Installed, samples: usize) -> Result<()> {
     let files = at.files();
-    let run = || milliseconds(at.casemate(&["run", "--rm", "busybox", "/bin/true"]));
     emit(&Figure::plain(
         "boot",
         "ms",
@@ -122,7 +121,7 @@ pub(crate) fn starts(at: &Installed, samples: usize) -> Result<()> {
         "ms",
         repeat(samples, || Ok(vmm::boot_agent(&files)?.2))?,
     ))?;
-    emit(&Figure::plain("run", "ms", repeat(samples, run)?))
+    Ok(())
 }
 
 /// Milliseconds of each phase, from `casemate run --timing=json`.
