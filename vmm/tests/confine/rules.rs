@@ -18,6 +18,9 @@ use std::path::{Path, PathBuf};
 /// The agent's initrd, whose agent uses vsock.
 const INITRD: &str = "CASEMATE_TEST_INITRD";
 
+/// A tmpfs: a trace has many lines.
+const MEMORY: &str = "/dev/shm";
+
 /// What an ordinary run doesn't show, and why the rule is there all the same.
 const UNSEEN: [(&str, &str); 10] = [
     ("SYS_mmap", "only for an allocation of more than 128 KiB"),
@@ -161,16 +164,17 @@ fn every_rule_is_needed() -> Result<(), Failed> {
 
 /// Everything that the shim can ask for, and a busy guest.
 fn use_devices(trace: &Trace) -> Result<(), Failed> {
-    let mut tap = tap("casemate-test")?;
+    let tap = tap("casemate-test")?;
+    let disk = tempfile::tempfile_in(MEMORY)?; // where holes can be punched
+    disk.set_len(1 << 20)?;
     let mut guest = Guest::start(Launch {
         under: trace.tracer(),
         script: BUSY,
         tap: Some(tap.as_fd().try_clone_to_owned()?),
-        disk: tempfile::tempfile()?,
+        disk,
         ..Launch::by(Starter::Root)
     });
-    let _ = tap.flush();
-    let other = tempfile::tempfile()?;
+    let other = tempfile::tempfile_in(MEMORY)?;
     other.set_len(2 << 20)?;
     guest.ask(Order::Statistics, &[])?;
     guest.ask(Order::Pause, &[])?;
@@ -253,7 +257,7 @@ struct Trace(tempfile::TempDir, &'static str);
 
 impl Trace {
     fn new(name: &'static str) -> io::Result<Self> {
-        Ok(Self(tempfile::tempdir_in("/dev/shm")?, name))
+        Ok(Self(tempfile::tempdir_in(MEMORY)?, name))
     }
 
     fn path(&self) -> PathBuf {
