@@ -14,7 +14,7 @@ TRIPLE  := x86_64-unknown-linux-gnu
 STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --quiet --release --target $(TRIPLE)
 GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --quiet --profile agent --target $(TRIPLE)
 
-.PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e fuzz bench install uninstall clean
+.PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e gate fuzz bench install uninstall clean
 
 all: build
 
@@ -59,6 +59,9 @@ unit: setup-test
 e2e: setup-test build ## the end-to-end tests, on the KVM host
 	vmm/tests/run
 	tests/run-e2e
+
+gate: setup-test build ## compare the boots with tests/bench/baseline.json
+	tests/bench/run --gate
 
 fuzz: setup-test ## FUZZ_SECONDS=60 for each target
 	fuzz/run $(or $(FUZZ_SECONDS),5)

@@ -152,8 +152,7 @@ impl Sandbox {
             vcpus: plan.vcpus,
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
-            // The driver makes one dummy interface unasked; containers would see it.
-            cmdline: "dummy.numdummies=0".into(),
+            cmdline: String::new(),
             disks: disk_configs(plan, &disks),
             nets: Vec::new(),
             vsock: Some(VsockConfig {
