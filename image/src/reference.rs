@@ -42,7 +42,10 @@ pub fn parse_reference(name: &str) -> Result<Reference> {
         return Err(bad("a tag is 1 to 128 letters, digits, _, . and -"));
     }
     let (registry, repository) = match path.split_once('/') {
-        Some((first, rest)) if is_registry(first) => (first, rest.to_owned()),
+        Some((first, rest)) if first.contains(['.', ':']) || first == "localhost" => {
+            check_registry(first).map_err(bad)?;
+            (first, rest.to_owned())
+        }
         _ => (DEFAULT_REGISTRY, path.to_owned()),
     };
     let registry = if registry == "index.docker.io" {
@@ -65,11 +68,6 @@ pub fn parse_reference(name: &str) -> Result<Reference> {
             "a repository is lowercase letters and digits, with single . _ - between them, in parts divided by /"
         };
         return Err(bad(reason));
-    }
-    if registry.contains(':') && !registry.ends_with(']') {
-        let port = registry.rsplit(':').next().unwrap_or_default();
-        port.parse::<u16>()
-            .map_err(|_| bad("after the registry's colon comes a port"))?;
     }
     let registry = registry.to_owned();
     Ok(match (tag, digest) {
@@ -95,27 +93,33 @@ pub(crate) fn key(reference: &Reference) -> String {
     }
 }
 
-/// The first part of a name is a registry if it looks like a host.
-fn is_registry(part: &str) -> bool {
-    let host = |text: &str| {
-        text.split('.').all(|label| {
-            let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-            !label.is_empty()
-                && label.bytes().all(inner)
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        })
+/// Checks `host`, `host:port`, `[IPv6 address]` and `[IPv6 address]:port`.
+fn check_registry(registry: &str) -> Result<(), &'static str> {
+    let is_label = |label: &str| {
+        let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        !label.is_empty()
+            && label.bytes().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
     };
-    if let Some(rest) = part.strip_prefix('[') {
-        let address = rest.split(']').next().unwrap_or_default();
-        let after = &rest[address.len()..];
-        return address.parse::<std::net::Ipv6Addr>().is_ok()
-            && (after == "]" || after.starts_with("]:"));
+    let (is_host, port) = match registry.strip_prefix('[') {
+        Some(rest) => {
+            let (address, port) = rest.split_once(']').unwrap_or((rest, "]"));
+            (address.parse::<std::net::Ipv6Addr>().is_ok(), port)
+        }
+        None => {
+            let (host, port) = registry.split_at(registry.find(':').unwrap_or(registry.len()));
+            (host.split('.').all(is_label), port)
+        }
+    };
+    if !is_host {
+        return Err("a registry is a host's name or address, with a port if need be");
     }
-    let (name, port) = part
-        .split_once(':')
-        .map_or((part, None), |(name, port)| (name, Some(port)));
-    host(name) && (port.is_some() || name.contains('.') || name == "localhost")
+    match port.strip_prefix(':') {
+        Some(port) if port.parse::<u16>().is_ok() => Ok(()),
+        None if port.is_empty() => Ok(()),
+        _ => Err("after the registry's colon comes a port"),
+    }
 }
 
 fn is_tag(tag: &str) -> bool {
@@ -190,8 +194,13 @@ mod tests {
             "../a",
             "a/../b",
             "host:x/a",
+            "host:]/a",
+            "[::1]:x/a",
             "ho_st.io/a:t/b",
             "[::g]/a",
+            "[::1/a",
+            "[::1]5/a",
+            "a_b.io/a",
             "é",
             "a\n",
             &long,
@@ -201,8 +210,7 @@ mod tests {
     }
 
     proptest! {
-        // The other parser compiles its expression for each name.
-        #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
         fn parse_agrees_with_oci_spec(name in "([a-zA-Z0-9.:\\[\\]-]{1,8}/)?[a-z0-9._/-]{1,12}(:[a-zA-Z0-9._-]{1,4})?") {
