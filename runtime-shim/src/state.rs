@@ -207,8 +207,20 @@ impl StateRoot {
                 io::ErrorKind::AlreadyExists.into(),
             ));
         }
-        let lock = lock(&path)?.ok_or_else(|| StateError::Running(meta.id.clone()))?;
-        let dir = SandboxDir { path, lock };
+        let made = self.fill(&path, meta);
+        if made.is_err() {
+            // The journal may name another container's file: it must not be followed.
+            let _ = std::fs::remove_dir_all(&path);
+        }
+        made
+    }
+
+    fn fill(&self, path: &Path, meta: &Meta) -> Result<SandboxDir, StateError> {
+        let lock = lock(path)?.ok_or_else(|| StateError::Running(meta.id.clone()))?;
+        let dir = SandboxDir {
+            path: path.to_owned(),
+            lock,
+        };
         write_json(&dir.path, "meta.json", meta)?;
         let name_file = self.dir.join(NAMES).join(&meta.name);
         dir.journal()
@@ -216,11 +228,7 @@ impl StateRoot {
                 path: name_file.clone(),
             })
             .map_err(io_error("write the journal in", &dir.path))?;
-        if let Err(error) = self.claim_name(&name_file, meta) {
-            // The journal names the other container's file: it must not be followed.
-            let _ = std::fs::remove_dir_all(&dir.path);
-            return Err(error);
-        }
+        self.claim_name(&name_file, meta)?;
         Ok(dir)
     }
 
@@ -329,6 +337,10 @@ impl StateRoot {
                     lock,
                 }
                 .remove();
+            }
+            if !container.dir.exists() {
+                // Who looked after it removed it.
+                return Ok(());
             }
             if !force {
                 return Err(StateError::Running(id.clone()));

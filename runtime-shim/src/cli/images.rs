@@ -310,13 +310,13 @@ pub(super) fn images(settings: &Settings, args: &ImagesArgs) -> anyhow::Result<(
         });
     }
     if args.quiet {
-        return output::print(Some("{{.ID}}"), &[], &rows);
+        return output::print(Some("{{.ID}}"), "IMAGE", &[], &rows);
     }
     let columns: &[&str] = match args.digests {
         true => &["Repository", "Tag", "Digest", "ID", "CreatedSince", "Size"],
         false => &["Repository", "Tag", "ID", "CreatedSince", "Size"],
     };
-    output::print(args.format.format.as_deref(), columns, &rows)
+    output::print(args.format.format.as_deref(), "IMAGE", columns, &rows)
 }
 
 /// What `inspect` shows of an image, in Docker's shape.

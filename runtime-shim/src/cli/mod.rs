@@ -121,6 +121,6 @@ fn version(args: &FormatArgs) -> anyhow::Result<()> {
     });
     match args.format.as_deref() {
         None => output::write(concat!("casemate ", env!("CARGO_PKG_VERSION"), "\n")),
-        format => output::print(format, &["Version", "Os", "Arch"], &[row]),
+        format => output::print(format, "", &["Version", "Os", "Arch"], &[row]),
     }
 }

@@ -64,11 +64,11 @@ impl Template {
         Ok(out)
     }
 
-    /// What stands in a table's header for this template: the fields' names in capitals.
-    pub(super) fn header(&self) -> String {
+    /// What stands in a table's header for this template: the fields' names in capitals; of `kind` is the "ID".
+    pub(super) fn header(&self, kind: &str) -> String {
         let name = |tokens: &[Token]| {
             tokens.iter().find_map(|t| match t {
-                Token::Field(path) => path.last().map(|f| heading(f)),
+                Token::Field(path) => path.last().map(|f| heading(f, kind)),
                 _ => None,
             })
         };
@@ -83,9 +83,9 @@ impl Template {
 }
 
 /// `CreatedSince` → `CREATED SINCE`; the few that Docker names otherwise.
-fn heading(field: &str) -> String {
+fn heading(field: &str, kind: &str) -> String {
     match field {
-        "ID" => return "ID".into(),
+        "ID" => return format!("{kind} ID").trim_start().into(),
         "CreatedSince" => return "CREATED".into(),
         _ => {}
     }
@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn header_names_the_fields() {
         let template = Template::parse("{{.ID}}\\t{{.CreatedSince}}\\t{{.ImageName}}").unwrap();
-        assert_eq!(template.header(), "ID\tCREATED\tIMAGE NAME");
+        assert_eq!(template.header("IMAGE"), "IMAGE ID\tCREATED\tIMAGE NAME");
     }
 
     proptest::proptest! {
