@@ -2,14 +2,18 @@
 
 mod bad_guests;
 mod bad_options;
+mod check;
 mod confined;
+mod containers;
 mod exit_codes;
 mod filesystem;
+mod full_disk;
 mod isolation;
 mod killed;
 mod layers;
 mod limits;
 mod metadata;
+mod options;
 mod process;
 mod signals;
 mod stdio;
