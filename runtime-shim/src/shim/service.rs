@@ -284,10 +284,7 @@ impl Task for Service {
             .map_err(failed)?;
         // A process that was never started has nobody who waits for it in the guest.
         if process.life() == Life::Created && req.signal == SIGKILL {
-            process.set_exited(Exit {
-                status: 128 + SIGKILL,
-                at_ns: crate::state::now_ns(),
-            });
+            process.set_exited(Exit::now(128 + SIGKILL));
         }
         Ok(Empty::new())
     }
@@ -308,6 +305,7 @@ impl Task for Service {
             Life::Created => Exit {
                 status: 0,
                 at_ns: 0,
+                oom_killed: false,
             },
             Life::Exited(exit) => exit,
         };
