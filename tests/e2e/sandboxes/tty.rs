@@ -26,6 +26,20 @@ fn terminal_is_a_terminal_of_the_same_size() {
 }
 
 #[test]
+fn window_that_changes_its_size_tells_the_workload() {
+    let host = Host::with_images();
+    let script = "trap 'echo size $(stty size)' WINCH; echo up; while :; do sleep 0.2; done";
+    let mut terminal = Terminal::start(
+        host.command(["run", "--rm", "-it", "busybox", "sh", "-c", script]),
+        31,
+        77,
+    );
+    terminal.shows("up").resizes(50, 132).shows("size 50 132");
+    terminal.types("\x03");
+    terminal.ends();
+}
+
+#[test]
 fn ctrl_c_interrupts_the_foreground_and_not_the_shell() {
     let host = Host::with_images();
     let mut terminal = shell(&host);
