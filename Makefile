@@ -56,7 +56,7 @@ binaries: setup
 demo: build ## run a real Debian image in a microVM
 	@scripts/demo
 
-test: setup-test lint unit e2e ## pass the tests
+test: setup-test lint unit e2e gate ## pass the tests
 
 lint: setup-test
 	cargo fmt --all --check
@@ -64,14 +64,14 @@ lint: setup-test
 	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
 
 unit: setup-test
-	cargo test --workspace --quiet
+	cargo test --workspace --features casemate-tests/bench --quiet
 
 e2e: setup-test build ## the end-to-end tests, on the KVM host
 	vmm/tests/run
 	tests/run-e2e
 
-gate: setup-test build ## compare the boots with tests/bench/baseline.json
-	tests/bench/run --gate
+gate: setup-test build ## compare the starts with tests/bench/baseline.json
+	tests/bench/run gate
 
 fuzz: setup-test ## FUZZ_SECONDS=60 for each target
 	fuzz/run $(or $(FUZZ_SECONDS),5)
