@@ -3,6 +3,7 @@
 use super::args::{PullWhen, RunArgs};
 use super::attend::{self, Attached, Fifos, Signals};
 use super::client::{ProcessId, Shim, ShimOptions};
+use super::kernel_log::KernelLog;
 use super::{containers, env, images, spec, terminal, timing};
 use crate::journal::Taken;
 use crate::plan::{self, Host};
@@ -16,7 +17,6 @@ use casemate_image::{Image, RootfsDisk};
 use containerd_shim_protos::api;
 use serde_json::Value;
 use std::io::IsTerminal;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use ttrpc::proto::Code;
 
@@ -51,6 +51,7 @@ struct Held {
     shim: Option<Shim>,
     dir: Option<SandboxDir>,
     raw: Option<terminal::Raw>,
+    kernel_log: Option<KernelLog>,
     /// The image's files stay while the container runs.
     rootfs: Option<RootfsDisk>,
 }
@@ -98,16 +99,20 @@ pub(super) async fn run(settings: &Settings, args: &RunArgs, begun: u64) -> Resu
     Ok(code)
 }
 
-/// Ends the sandbox and, if `remove`, leaves nothing behind.
+/// Ends the sandbox and, if `remove`, leaves nothing behind, even if a part of that fails.
 async fn give_back(held: Held, remove: bool) -> anyhow::Result<()> {
     drop(held.raw);
-    if let Some(shim) = held.shim {
-        shim.end().await?;
-    }
-    match held.dir {
-        Some(dir) if remove => Ok(dir.remove()?),
+    let ended = match held.shim {
+        Some(shim) => shim.end().await,
+        None => Ok(()),
+    };
+    let logged = held.kernel_log.map_or(Ok(()), KernelLog::finish);
+    let removed = match held.dir {
+        Some(dir) if remove => dir.remove(),
         _ => Ok(()),
-    }
+    };
+    ended.and(logged)?;
+    Ok(removed?)
 }
 
 /// Everything up to the workload's start.
@@ -150,7 +155,14 @@ async fn start(
     let mounts = rootfs_mounts(settings, args, dir, &id, &rootfs, storage)?;
     held.rootfs = Some(rootfs);
     let fifos = Fifos::make(dir.path(), args.interactive, args.tty)?;
-    let console = kernel_log(args)?;
+    let console = match &args.kernel_log {
+        Some(path) => {
+            let (log, end) = KernelLog::start(path)?;
+            held.kernel_log = Some(log);
+            Some(end)
+        }
+        None => None,
+    };
     let options = ShimOptions {
         discard: args.rm,
         console: console.as_ref(),
@@ -347,19 +359,6 @@ fn rootfs_mounts(
     ];
     let overlay = mount("overlay", "overlay", overlay.map(str::to_owned).to_vec());
     Ok(vec![lower, upper, overlay])
-}
-
-/// Where the guest's kernel log goes, if it is wanted.
-fn kernel_log(args: &RunArgs) -> anyhow::Result<Option<OwnedFd>> {
-    let Some(path) = &args.kernel_log else {
-        return Ok(None);
-    };
-    if path.as_os_str() == "-" {
-        return Ok(Some(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 3)?));
-    }
-    let file = std::fs::File::create(path)
-        .with_context(|| format!("--kernel-log: can't write {}", path.display()))?;
-    Ok(Some(file.into()))
 }
 
 /// Docker's exit codes for a process that didn't start.

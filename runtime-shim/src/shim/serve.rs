@@ -100,7 +100,6 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
-        dir: serve.dir,
         console: serve.console,
         discard: serve.discard,
         shim_main,
