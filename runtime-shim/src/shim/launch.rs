@@ -155,7 +155,7 @@ impl Sandbox {
             vcpus: plan.vcpus,
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
-            cmdline: String::new(),
+            cmdline: plan.kernel_args.to_owned(),
             disks: disk_configs(plan, &disks),
             nets: Vec::new(),
             vsock: Some(VsockConfig {
