@@ -202,6 +202,9 @@ pub struct DiskConfig {
     pub segments: Vec<Fd>,
     /// Refuses writes with VIRTIO_BLK_S_IOERR and offers VIRTIO_BLK_F_RO.
     pub read_only: bool,
+    /// Nobody reads it after the VM's end: what the guest flushes needn't be made durable.
+    #[serde(default)]
+    pub volatile: bool,
     /// Token buckets; `None`: unlimited.
     pub rate_limit: Option<RateLimit>,
 }
@@ -297,6 +300,7 @@ mod tests {
             id: id.into(),
             segments: vec![fd],
             read_only: true,
+            volatile: false,
             rate_limit: None,
         }
     }

@@ -256,6 +256,7 @@ fn open_disk(disk: &DiskConfig, confinement: Confinement) -> io::Result<Block> {
         id: disk.id.clone(),
         files: files.collect::<io::Result<_>>()?,
         read_only: disk.read_only,
+        volatile: disk.volatile,
         rate_limit: disk.rate_limit,
         on_thread_start: match confinement {
             Confinement::Off => None,

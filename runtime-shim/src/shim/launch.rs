@@ -81,6 +81,8 @@ pub(super) struct Launch<'a> {
     pub(super) journal: &'a Journal,
     /// Where the VMM's own words go.
     pub(super) log: &'a Path,
+    /// Nothing that the container writes is read after its end.
+    pub(super) discard: bool,
     /// Where the guest's serial console goes; `None`: it has none.
     pub(super) console: Option<BorrowedFd<'a>>,
 }
@@ -153,7 +155,7 @@ impl Sandbox {
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
             cmdline: String::new(),
-            disks: disk_configs(plan, &disks),
+            disks: disk_configs(plan, &disks, launch.discard),
             nets: Vec::new(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -269,7 +271,7 @@ fn open_disks(plan: &Plan) -> Result<Vec<Vec<OwnedFd>>, LaunchError> {
         .collect()
 }
 
-fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
+fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>], discard: bool) -> Vec<DiskConfig> {
     plan.disks
         .iter()
         .zip(fds)
@@ -277,6 +279,8 @@ fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
             id: disk.id.clone(),
             segments: crate::fds::numbers(fds),
             read_only: disk.read_only,
+            // A container that goes away with its end leaves nothing to read: its fsync needn't wait for the host's disk.
+            volatile: discard && !disk.read_only,
             rate_limit: None,
         })
         .collect()

@@ -185,6 +185,7 @@ impl Service {
                 settings: &self.settings,
                 journal: &self.journal,
                 log: &log,
+                discard: self.discard,
                 console: self.console.as_ref().map(AsFd::as_fd),
             },
             shim_main: self.shim_main,
