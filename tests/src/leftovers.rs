@@ -1,11 +1,15 @@
 //! What sandboxes left behind on a host: processes, state, scratch disks.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
+
+/// Programs whose relatives are a sandbox's too.
+const OURS: [&str; 2] = ["containerd-shim-casemate-v2", "casemate-vmm"];
 
 /// What is still there once nothing is, or once `patience` is over.
 pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -> Vec<String> {
@@ -16,7 +20,7 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
             .map(|pid| {
                 format!(
                     "process {pid:?} {}",
-                    executable(&pid.as_raw_nonzero().to_string())
+                    executable(pid.as_raw_nonzero().get() as u32)
                 )
             })
             .collect();
@@ -61,28 +65,58 @@ fn disks(scratch: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Processes that belong to the host in `dir`: it stands in their environment, arguments or open files.
+/// Processes that belong to the host in `dir`: it stands in their environment, arguments or open files, or they
+/// are ours and a child or the parent of one that does. (A VMM has two processes, of which one holds nothing.)
 pub(crate) fn processes(dir: &Path, wanted: Option<&str>) -> Vec<Pid> {
     let marker = dir
         .file_name()
         .expect("a host's directory has a name")
         .as_bytes();
-    let own = std::process::id().to_string();
-    let Ok(all) = fs::read_dir("/proc") else {
-        return Vec::new();
+    let own = std::process::id();
+    let parents: BTreeMap<u32, u32> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| *pid != own)
+        .filter_map(|pid| Some((pid, parent(pid)?)))
+        .collect();
+    let mut found: BTreeSet<u32> = parents
+        .keys()
+        .copied()
+        .filter(|pid| belongs(*pid, marker))
+        .collect();
+    let related = |found: &BTreeSet<u32>| {
+        let unseen = parents
+            .iter()
+            .filter(|(pid, parent)| found.contains(pid) != found.contains(parent));
+        let unseen = unseen.flat_map(|(pid, parent)| [*pid, *parent]);
+        let pids: Vec<u32> = unseen
+            .filter(|pid| !found.contains(pid) && OURS.contains(&executable(*pid).as_str()))
+            .collect();
+        pids
     };
-    all.flatten()
-        .filter_map(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let pid = name.parse().ok().and_then(Pid::from_raw)?;
-            let ours = name != own && belongs(&name, marker);
-            let right = wanted.is_none_or(|wanted| executable(&name) == wanted);
-            (ours && right).then_some(pid)
-        })
+    loop {
+        let more = related(&found);
+        if more.is_empty() {
+            break;
+        }
+        found.extend(more);
+    }
+    found
+        .into_iter()
+        .filter(|pid| wanted.is_none_or(|wanted| executable(*pid) == wanted))
+        .filter_map(|pid| Pid::from_raw(pid as i32))
         .collect()
 }
 
-fn belongs(pid: &str, marker: &[u8]) -> bool {
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn belongs(pid: u32, marker: &[u8]) -> bool {
     let holds = |bytes: &[u8]| bytes.windows(marker.len()).any(|window| window == marker);
     let file =
         |name: &str| fs::read(format!("/proc/{pid}/{name}")).is_ok_and(|bytes| holds(&bytes));
@@ -97,7 +131,7 @@ fn belongs(pid: &str, marker: &[u8]) -> bool {
             })
 }
 
-fn executable(pid: &str) -> String {
+fn executable(pid: u32) -> String {
     fs::read_link(format!("/proc/{pid}/exe"))
         .ok()
         .and_then(|exe| Some(exe.file_name()?.to_string_lossy().into_owned()))

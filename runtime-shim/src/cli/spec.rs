@@ -129,7 +129,7 @@ pub(super) fn hostname<'a>(args: &'a RunArgs, given: &Given<'a>) -> &'a str {
 }
 
 /// The capabilities object for a user: a plain one gets them through file capabilities only.
-fn capabilities(caps: &[&str], user: &str) -> Value {
+pub(super) fn capabilities(caps: &[&str], user: &str) -> Value {
     let name = user.split(':').next().unwrap_or_default();
     match name {
         "" | "0" | "root" => json!({"bounding": caps, "effective": caps, "permitted": caps}),

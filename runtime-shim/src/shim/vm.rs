@@ -98,7 +98,7 @@ impl Vm {
         binary: &Path,
         mut config: VmConfig,
         passed: &[BorrowedFd<'_>],
-        log: std::fs::File,
+        stderr: std::fs::File,
         journal: &Journal,
     ) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
@@ -120,8 +120,8 @@ impl Vm {
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
+            .stdout(Stdio::null())
+            .stderr(stderr);
         let child = fds::spawn_with(&mut command, &all)?;
         drop(theirs);
         let pid = child.id();

@@ -58,6 +58,15 @@ fn guest_that_powers_off_before_it_answers_is_an_error() {
 }
 
 #[test]
+fn guest_out_of_memory_says_so() {
+    let host = with_initrd("hogs");
+    host.run(["--memory", "64m", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("memory");
+    host.is_clean();
+}
+
+#[test]
 fn kernel_that_is_no_kernel_is_refused() {
     for (content, what) in [
         (&b""[..], "empty"),

@@ -31,7 +31,7 @@ fn vmm_killed_ends_the_command_with_an_error_and_leaves_nothing() {
     let host = Host::with_images();
     let mut run = host.start_run(SLEEPER);
     run.prints("up");
-    assert_eq!(kill(&host, "casemate-vmm"), 1);
+    assert_eq!(kill(&host, "casemate-vmm"), 2);
     run.ends().fails();
     host.is_clean();
 }

@@ -3,11 +3,13 @@
 mod bad_guests;
 mod bad_options;
 mod confined;
+mod exec;
 mod exit_codes;
 mod filesystem;
 mod isolation;
 mod killed;
 mod layers;
+mod lifecycle;
 mod limits;
 mod metadata;
 mod process;

@@ -36,3 +36,21 @@ fn workload_without_a_handler_dies_of_sigterm() {
     run.ends().ends_with(143);
     host.is_clean();
 }
+
+#[test]
+fn workload_deaf_to_signals_is_killed_at_the_third() {
+    let host = Host::with_images();
+    let mut run = host.start_run([
+        "busybox",
+        "sh",
+        "-c",
+        "trap '' INT TERM; echo up; while :; do sleep 0.1; done",
+    ]);
+    run.prints("up");
+    for _ in 0..3 {
+        run.gets(Signal::TERM);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+    }
+    run.ends().ends_with(137);
+    host.is_clean();
+}

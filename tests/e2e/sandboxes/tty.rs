@@ -26,6 +26,20 @@ fn terminal_is_a_terminal_of_the_same_size() {
 }
 
 #[test]
+fn window_that_changes_its_size_tells_the_workload() {
+    let host = Host::with_images();
+    let script = "trap 'echo size $(stty size)' WINCH; echo up; while :; do sleep 0.2; done";
+    let mut terminal = Terminal::start(
+        host.command(["run", "--rm", "-it", "busybox", "sh", "-c", script]),
+        31,
+        77,
+    );
+    terminal.shows("up").resizes(50, 132).shows("size 50 132");
+    terminal.types("\x03");
+    terminal.ends();
+}
+
+#[test]
 fn ctrl_c_interrupts_the_foreground_and_not_the_shell() {
     let host = Host::with_images();
     let mut terminal = shell(&host);
@@ -41,6 +55,21 @@ fn ctrl_c_interrupts_the_foreground_and_not_the_shell() {
         .shows("code=130");
     terminal.types("exit\n");
     assert_eq!(terminal.ends(), 0);
+}
+
+#[test]
+fn ctrl_c_reaches_a_workload_that_has_no_terminal_itself() {
+    // The terminal sends SIGINT to every process of its foreground group, not to the command alone.
+    let host = Host::with_images();
+    let script = "trap 'echo interrupted; exit 9' INT; echo up; while :; do sleep 0.1; done";
+    let mut terminal = Terminal::start(
+        host.command(["run", "--rm", "busybox", "sh", "-c", script]),
+        24,
+        80,
+    );
+    terminal.shows("up").types("\x03").shows("interrupted");
+    assert_eq!(terminal.ends(), 9);
+    host.is_clean();
 }
 
 #[test]

@@ -22,8 +22,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-/// Names the guest's kernel, and by that says that this host can run it.
-const KERNEL: &str = "CASEMATE_TEST_KERNEL";
+/// Names the guest's kernel.
+const KERNEL: &str = "CASEMATE_KERNEL";
 /// Statically linked, the guest's only program.
 const BUSYBOX: &str = "/bin/busybox";
 /// What the guest does before anything else.
@@ -39,15 +39,11 @@ pub(crate) const UP: &str = "the guest is up";
 /// Time for a line, which a slow emulated host needs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Why no guest can be run here.
-pub(crate) fn missing() -> Option<String> {
-    if std::env::var_os(KERNEL).is_none() {
-        Some(format!("no guest kernel is named by {KERNEL}"))
-    } else if let Err(e) = File::open(BUSYBOX) {
-        Some(format!("{BUSYBOX} (Debian's busybox-static): {e}"))
-    } else {
-        None
-    }
+/// The file that an environment variable names.
+pub(crate) fn named_by(variable: &str) -> PathBuf {
+    let path = std::env::var_os(variable);
+    path.unwrap_or_else(|| panic!("{variable} is unset: vmm/tests/run sets it"))
+        .into()
 }
 
 /// What a VMM is started with.
@@ -91,7 +87,7 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn start(launch: Launch) -> Self {
-        let kernel = File::open(std::env::var_os(KERNEL).unwrap()).expect("the guest's kernel");
+        let kernel = File::open(named_by(KERNEL)).expect("the guest's kernel");
         let initrd = match &launch.initrd {
             Some(path) => File::open(path),
             None => shell(launch.script),
@@ -316,7 +312,8 @@ pub(crate) fn memory_file(name: &str, content: &[u8]) -> io::Result<File> {
 fn shell(script: &str) -> io::Result<File> {
     let init = format!("{PROLOGUE}{script}\necho {UP}\nwhile :; do usleep 10000; done\n");
     let mut archive = Vec::new();
-    add(&mut archive, "busybox", 0o100_755, &std::fs::read(BUSYBOX)?);
+    let busybox = std::fs::read(BUSYBOX).expect("Debian's busybox-static");
+    add(&mut archive, "busybox", 0o100_755, &busybox);
     add(&mut archive, "init", 0o100_755, init.as_bytes());
     add(&mut archive, "TRAILER!!!", 0, &[]);
     memory_file("initrd", &archive)

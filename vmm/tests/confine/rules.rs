@@ -13,10 +13,10 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The agent's initrd, whose agent uses vsock.
-const INITRD: &str = "CASEMATE_TEST_INITRD";
+const INITRD: &str = "CASEMATE_INITRD";
 
 /// A tmpfs: a trace has many lines.
 const MEMORY: &str = "/dev/shm";
@@ -116,27 +116,10 @@ ping -c 3 -W 2 192.0.2.1
 ";
 
 pub(crate) fn trial() -> Trial {
-    let missing = crate::guest::missing().or_else(missing);
-    if let Some(reason) = &missing {
-        eprintln!("rules: can't be tested, {reason}");
-    }
     Trial::test(
-        "rules::every_rule_of_the_filters_is_needed",
+        "kvm::rules::every_rule_of_the_filters_is_needed",
         every_rule_is_needed,
     )
-    .with_ignored_flag(missing.is_some())
-}
-
-fn missing() -> Option<String> {
-    if Starter::Root.missing().is_some() {
-        Some("only root can make a tap".into())
-    } else if std::env::var_os(INITRD).is_none() {
-        Some(format!("the agent's initrd isn't named by {INITRD}"))
-    } else if !Path::new("/usr/bin/strace").exists() {
-        Some("strace isn't installed".into())
-    } else {
-        None
-    }
 }
 
 fn every_rule_is_needed() -> Result<(), Failed> {
@@ -196,7 +179,7 @@ fn use_devices(trace: &Trace) -> Result<(), Failed> {
 /// An agent that connects and loses its shim.
 fn use_vsock(trace: &Trace) -> Result<(), Failed> {
     let (end, mut shim) = UnixStream::pair()?;
-    let initrd: PathBuf = std::env::var_os(INITRD).unwrap().into();
+    let initrd: PathBuf = crate::guest::named_by(INITRD);
     let mut guest = Guest::start(Launch {
         under: trace.tracer(),
         initrd: Some(initrd),

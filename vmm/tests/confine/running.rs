@@ -16,12 +16,10 @@ const STARTERS: [Starter; 4] = [
 ];
 
 pub(crate) fn trials() -> impl Iterator<Item = Trial> {
-    let ignored = crate::guest::missing().is_some();
-    STARTERS.into_iter().flat_map(move |starter| {
+    STARTERS.into_iter().flat_map(|starter| {
         let trial = |name: &str, test: fn(Starter) -> Result<(), Failed>| {
-            let name = format!("running::{}::{name}", starter.name());
+            let name = format!("kvm::running::{}::{name}", starter.name());
             Trial::test(name, move || test(starter))
-                .with_ignored_flag(ignored || starter.missing().is_some())
         };
         [
             trial(

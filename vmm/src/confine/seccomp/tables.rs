@@ -143,7 +143,7 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
     rule!(
         SYS_ioctl,
         [is(1, &[TUNSETOFFLOAD])],
-        "a resumed virtio-net tells the tap what the guest takes"
+        "virtio-net tells the tap what the guest takes"
     ),
     rule!(
         SYS_recvmsg,
@@ -164,11 +164,8 @@ pub(super) const EVENT_LOOP: &[Rule] = &[
 pub(super) const VCPU: &[Rule] = &[
     rule!(
         SYS_ioctl,
-        [is(
-            1,
-            &[KVM_RUN, KVM_SET_GSI_ROUTING, TUNSETOFFLOAD, KVM_GET_REGS]
-        )],
-        "enters the guest; the guest programs the IO-APIC; a virtio-net driver says what it takes; where the guest was when KVM gave up"
+        [is(1, &[KVM_RUN, KVM_SET_GSI_ROUTING, KVM_GET_REGS])],
+        "enters the guest; the guest programs the IO-APIC; where the guest was when KVM gave up"
     ),
     rule!(
         SYS_epoll_ctl,

@@ -1,15 +1,13 @@
 //! Images as the kernel sees them: mounted flat, as in the guest, and compared with what umoci unpacks.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::common::images::{Blobs, Packing, layer, noise};
+use crate::common::trees::{Mounted, assert_equal, can_mount};
+use crate::common::{have, run, runtime};
 use casemate_image::{LoadOptions, LoadSource, RootfsDisk, Store};
-use common::images::{Blobs, Packing, layer, noise};
-use common::trees::{Mounted, assert_equal, can_mount};
-use common::{have, run, runtime};
 use serde_json::json;
 
 /// Makes the tree of a layer with a shell script, and an archive of it with GNU tar in the given dialect.

@@ -10,7 +10,7 @@ use super::run;
 
 /// What can be seen of a file.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Seen {
+pub(crate) struct Seen {
     mode: u32,
     owner: (u32, u32),
     size: u64,
@@ -25,7 +25,7 @@ pub struct Seen {
 }
 
 /// Everything below `root`, itself included.
-pub fn see(root: &Path) -> BTreeMap<PathBuf, Seen> {
+pub(crate) fn see(root: &Path) -> BTreeMap<PathBuf, Seen> {
     let mut all = BTreeMap::new();
     let mut inodes = BTreeMap::new();
     let mut pending = vec![root.to_owned()];
@@ -92,7 +92,7 @@ fn xattrs(path: &Path) -> BTreeMap<OsString, Vec<u8>> {
 
 /// Fails with the first differences.
 #[track_caller]
-pub fn assert_equal(ours: &Path, theirs: &Path) {
+pub(crate) fn assert_equal(ours: &Path, theirs: &Path) {
     let (ours, theirs) = (see(ours), see(theirs));
     let paths: std::collections::BTreeSet<_> = ours.keys().chain(theirs.keys()).collect();
     let differences: Vec<_> = paths
@@ -116,13 +116,13 @@ pub fn assert_equal(ours: &Path, theirs: &Path) {
 }
 
 /// A mounted root file system, as the guest sees it: all blobs end to end on one disk.
-pub struct Mounted {
-    pub path: PathBuf,
+pub(crate) struct Mounted {
+    pub(crate) path: PathBuf,
     _directory: tempfile::TempDir,
 }
 
 impl Mounted {
-    pub fn new(disk: &casemate_image::RootfsDisk) -> Self {
+    pub(crate) fn new(disk: &casemate_image::RootfsDisk) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("disk");
         let mut file = std::fs::File::create(&image).unwrap();
@@ -158,7 +158,7 @@ impl Drop for Mounted {
 }
 
 /// Whether this kernel mounts EROFS for us.
-pub fn can_mount() -> bool {
+pub(crate) fn can_mount() -> bool {
     let erofs =
         std::fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.contains("\terofs"));
     if !erofs {

@@ -1,15 +1,13 @@
 //! A pull that is killed, a disk that is full: nothing is corrupted and the next pull goes on.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::common::images::{Blobs, Packing, heavy, layer, noise};
+use crate::common::server::{Fault, Server};
+use crate::common::{run, runtime, stored};
 use casemate_image::{Error, PullOptions, PullPolicy, Store, parse_reference};
-use common::images::{Blobs, Packing, heavy, layer, noise};
-use common::server::{Fault, Server};
-use common::{run, runtime, stored};
 
 const DATA: &str = "CASEMATE_TEST_DATA";
 const NAME: &str = "CASEMATE_TEST_NAME";
@@ -42,7 +40,7 @@ fn pull_killed_at_any_moment_the_next_one_goes_on() {
     let data = tempfile::tempdir().unwrap();
     for round in 0..12u64 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_pull", "--quiet"])
+            .args(["--exact", "survival::child_pull", "--quiet"])
             .env(DATA, data.path())
             .env(NAME, &name)
             .stdout(Stdio::null())
@@ -64,7 +62,7 @@ fn pull_killed_at_any_moment_the_next_one_goes_on() {
             .iter()
             .filter(|name| name.ends_with(".erofs"))
         {
-            if common::have(&["fsck.erofs"]) {
+            if crate::common::have(&["fsck.erofs"]) {
                 run(
                     "fsck.erofs",
                     &[data.path().join("layers").join(blob).to_str().unwrap()],
@@ -118,7 +116,7 @@ impl Drop for Tmpfs {
 
 #[test]
 fn pull_disk_full_is_told_and_harms_nothing() {
-    if !common::is_root() || !common::have(&["mount", "umount"]) {
+    if !crate::common::is_root() || !crate::common::have(&["mount", "umount"]) {
         return;
     }
     let server = Server::start();

@@ -1,17 +1,15 @@
 //! Pulls: formats, verification, faults, several at once.
 
-mod common;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::common::images::{Blobs, Packing, heavy, layer, noise};
+use crate::common::server::{Fault, Server};
+use crate::common::{runtime, stored};
 use casemate_image::{
     Error, Image, Limits, Platform, PullOptions, PullPolicy, RegistryConfig, RegistryHost, Result,
     Store, parse_reference,
 };
-use common::images::{Blobs, Packing, heavy, layer, noise};
-use common::server::{Fault, Server};
-use common::{runtime, stored};
 use serde_json::json;
 
 fn options() -> PullOptions {
@@ -222,7 +220,7 @@ fn pull_wrong_diff_id_is_refused() {
     let data = tempfile::tempdir().unwrap();
     let mut image = Blobs::image(&[layer(&[("a", b"1")])], Packing::Gzip);
     let config = json!({"architecture": "amd64", "os": "linux",
-        "rootfs": {"type": "layers", "diff_ids": [common::images::digest(b"other")]}});
+        "rootfs": {"type": "layers", "diff_ids": [crate::common::images::digest(b"other")]}});
     let old = image.config.clone();
     let new = image.put(config.to_string().into_bytes());
     let manifest = String::from_utf8(image.blobs[&image.manifest].clone()).unwrap();

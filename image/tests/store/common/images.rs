@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 
 /// How a layer is compressed.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Packing {
+pub(crate) enum Packing {
     Plain,
     Gzip,
     Zstd,
@@ -16,14 +16,14 @@ pub enum Packing {
 
 /// An image's blobs by digest, and its manifest's.
 #[derive(Clone, Default)]
-pub struct Blobs {
-    pub blobs: BTreeMap<String, Vec<u8>>,
-    pub manifest: String,
-    pub config: String,
-    pub layers: Vec<String>,
+pub(crate) struct Blobs {
+    pub(crate) blobs: BTreeMap<String, Vec<u8>>,
+    pub(crate) manifest: String,
+    pub(crate) config: String,
+    pub(crate) layers: Vec<String>,
 }
 
-pub fn digest(bytes: &[u8]) -> String {
+pub(crate) fn digest(bytes: &[u8]) -> String {
     let hex: String = Sha256::digest(bytes)
         .iter()
         .map(|byte| format!("{byte:02x}"))
@@ -32,7 +32,7 @@ pub fn digest(bytes: &[u8]) -> String {
 }
 
 /// A layer of these files; a name that ends in a slash is a directory.
-pub fn layer(files: &[(&str, &[u8])]) -> Vec<u8> {
+pub(crate) fn layer(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (name, data) in files {
         let mut header = tar::Header::new_gnu();
@@ -51,7 +51,7 @@ pub fn layer(files: &[(&str, &[u8])]) -> Vec<u8> {
 }
 
 /// Bytes that don't compress, the same each time.
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
@@ -64,7 +64,7 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-pub fn pack(archive: &[u8], packing: Packing) -> Vec<u8> {
+pub(crate) fn pack(archive: &[u8], packing: Packing) -> Vec<u8> {
     match packing {
         Packing::Plain => archive.to_vec(),
         Packing::Gzip => {
@@ -78,7 +78,7 @@ pub fn pack(archive: &[u8], packing: Packing) -> Vec<u8> {
 }
 
 impl Blobs {
-    pub fn put(&mut self, bytes: Vec<u8>) -> String {
+    pub(crate) fn put(&mut self, bytes: Vec<u8>) -> String {
         let digest = digest(&bytes);
         self.blobs.insert(digest.clone(), bytes);
         digest
@@ -89,7 +89,7 @@ impl Blobs {
     }
 
     /// An image of these archives.
-    pub fn image(archives: &[Vec<u8>], packing: Packing) -> Self {
+    pub(crate) fn image(archives: &[Vec<u8>], packing: Packing) -> Self {
         Self::image_with(
             archives,
             packing,
@@ -98,7 +98,7 @@ impl Blobs {
     }
 
     /// The same with a configuration to start from.
-    pub fn image_with(archives: &[Vec<u8>], packing: Packing, config: &Value) -> Self {
+    pub(crate) fn image_with(archives: &[Vec<u8>], packing: Packing, config: &Value) -> Self {
         let mut image = Self::default();
         let mut config = config.clone();
         let diff_ids: Vec<String> = archives.iter().map(|archive| digest(archive)).collect();
@@ -131,7 +131,7 @@ impl Blobs {
     }
 
     /// An index of images by platform.
-    pub fn index(images: &[(Self, Value)]) -> Self {
+    pub(crate) fn index(images: &[(Self, Value)]) -> Self {
         let mut all = Self::default();
         let mut entries = Vec::new();
         for (image, platform) in images {
@@ -154,7 +154,7 @@ impl Blobs {
 }
 
 /// Three layers with some weight: noise, so that downloads take a while.
-pub fn heavy() -> Vec<Vec<u8>> {
+pub(crate) fn heavy() -> Vec<Vec<u8>> {
     (0..3u64)
         .map(|n| {
             let name = format!("layer{n}/data");

@@ -481,3 +481,18 @@ fn make_rootfs(root: &Path) {
     std::fs::write(root.join("etc/notes"), "no program\n").unwrap();
     std::fs::write(root.join("secret/file"), "from the image\n").unwrap();
 }
+
+/// The container of that id.
+pub(crate) fn request(id: &str) -> agent::ContainerRequest {
+    agent::ContainerRequest {
+        id: id.into(),
+        ..Default::default()
+    }
+}
+
+/// `spec` with another value at `pointer`.
+pub(crate) fn changed(mut spec: Value, pointer: &str, value: Value) -> Value {
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[key] = value;
+    spec
+}

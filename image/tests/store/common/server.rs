@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::images::Blobs;
 
 /// What goes wrong, and with which blob.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// Sends so many bytes, then closes.
     Cut(usize),
     /// Flips a byte.
@@ -42,15 +42,14 @@ struct State {
 
 /// The server; it ends with the test.
 #[derive(Clone)]
-pub struct Server {
-    pub address: String,
+pub(crate) struct Server {
+    pub(crate) address: String,
     state: Arc<Mutex<State>>,
-    open: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
 }
 
 impl Server {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = Self {
             address: listener.local_addr().unwrap().to_string(),
@@ -58,7 +57,6 @@ impl Server {
                 ranges: true,
                 ..State::default()
             })),
-            open: Arc::default(),
             stop: Arc::default(),
         };
         let this = server.clone();
@@ -77,14 +75,14 @@ impl Server {
     }
 
     /// Serves `image` as `app:TAG`.
-    pub fn add(&self, tag: &str, image: &Blobs) -> String {
+    pub(crate) fn add(&self, tag: &str, image: &Blobs) -> String {
         let mut state = self.state.lock().unwrap();
         state.tags.insert(tag.to_owned(), image.manifest.clone());
         state.blobs.extend(image.blobs.clone());
         format!("{}/app:{tag}", self.address)
     }
 
-    pub fn fault(&self, digest_or_tag: &str, fault: Fault) {
+    pub(crate) fn fault(&self, digest_or_tag: &str, fault: Fault) {
         self.state
             .lock()
             .unwrap()
@@ -92,27 +90,27 @@ impl Server {
             .insert(digest_or_tag.to_owned(), fault);
     }
 
-    pub fn fault_once(&self, digest_or_tag: &str, fault: Fault) {
+    pub(crate) fn fault_once(&self, digest_or_tag: &str, fault: Fault) {
         self.fault(digest_or_tag, fault);
         self.state.lock().unwrap().once = true;
     }
 
-    pub fn mend(&self) {
+    pub(crate) fn mend(&self) {
         self.state.lock().unwrap().faults.clear();
     }
 
-    pub fn without_ranges(&self) {
+    pub(crate) fn without_ranges(&self) {
         self.state.lock().unwrap().ranges = false;
     }
 
     /// Asks for a password, or with `tokens` for a token that the password gets.
-    pub fn protect(&self, password: &str, tokens: bool) {
+    pub(crate) fn protect(&self, password: &str, tokens: bool) {
         let mut state = self.state.lock().unwrap();
         (state.password, state.tokens) = (Some(password.to_owned()), tokens);
     }
 
     /// How often a blob or manifest was asked for.
-    pub fn requests(&self, digest_or_tag: &str) -> usize {
+    pub(crate) fn requests(&self, digest_or_tag: &str) -> usize {
         let state = self.state.lock().unwrap();
         state
             .requests

@@ -1,16 +1,14 @@
 //! The store's own commands: names, leases, removal, archives.
 
-mod common;
-
 use std::path::Path;
 
+use crate::common::images::{Blobs, Packing, heavy, layer};
+use crate::common::server::Server;
+use crate::common::{have, run, runtime, stored};
 use casemate_image::{
     Error, Image, LoadOptions, LoadSource, PullOptions, PullPolicy, Result, SaveTarget, Store,
     parse_reference,
 };
-use common::images::{Blobs, Packing, heavy, layer};
-use common::server::Server;
-use common::{have, run, runtime, stored};
 
 fn pull(store: &Store, name: &str) -> Image {
     let options = PullOptions {

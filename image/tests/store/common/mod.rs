@@ -1,14 +1,13 @@
 //! Images, registries and comparisons for the store's tests.
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
-pub mod images;
-pub mod server;
-pub mod trees;
+pub(crate) mod images;
+pub(crate) mod server;
+pub(crate) mod trees;
 
 use std::process::{Command, Output, Stdio};
 
 /// Whether every one of these programs is installed; a test that needs others says so and passes.
-pub fn have(programs: &[&str]) -> bool {
+pub(crate) fn have(programs: &[&str]) -> bool {
     programs.iter().all(|program| {
         let found = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
             .any(|directory| directory.join(program).is_file());
@@ -19,7 +18,7 @@ pub fn have(programs: &[&str]) -> bool {
     })
 }
 
-pub fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
         eprintln!("left out: needs root");
@@ -29,7 +28,7 @@ pub fn is_root() -> bool {
 
 /// Runs a program that must succeed.
 #[track_caller]
-pub fn run(program: &str, arguments: &[&str]) -> Output {
+pub(crate) fn run(program: &str, arguments: &[&str]) -> Output {
     let output = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
@@ -45,7 +44,7 @@ pub fn run(program: &str, arguments: &[&str]) -> Output {
 }
 
 /// A runtime for one test.
-pub fn runtime() -> tokio::runtime::Runtime {
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -54,7 +53,7 @@ pub fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Names of everything below a store that is not one of its fixed files.
-pub fn stored(data: &std::path::Path, directory: &str) -> Vec<String> {
+pub(crate) fn stored(data: &std::path::Path, directory: &str) -> Vec<String> {
     let entries = std::fs::read_dir(data.join(directory)).unwrap();
     let mut names: Vec<String> = entries
         .map(|e| e.unwrap().file_name().into_string().unwrap())

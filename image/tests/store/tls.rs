@@ -1,16 +1,14 @@
 //! A real registry behind TLS with a certificate of its own authority.
 
-mod common;
-
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::common::images::{Blobs, Packing, layer};
+use crate::common::server::Server;
+use crate::common::{have, run, runtime};
 use casemate_image::{
     Error, Limits, PullOptions, PullPolicy, RegistryConfig, RegistryHost, Store, parse_reference,
 };
-use common::images::{Blobs, Packing, layer};
-use common::server::Server;
-use common::{have, run, runtime};
 
 struct Registry(Child);
 

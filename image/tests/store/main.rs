@@ -1,0 +1,8 @@
+//! The store with real registries, archives, disks and mounts.
+
+mod commands;
+mod common;
+mod mount;
+mod pull;
+mod survival;
+mod tls;
