@@ -84,6 +84,8 @@ pub(super) struct Launch<'a> {
     pub(super) settings: &'a Settings,
     /// Where processes are written down.
     pub(super) journal: &'a Journal,
+    /// Nothing that the container writes is read after its end.
+    pub(super) discard: bool,
     /// Where the guest's serial console goes; `None`: it has none.
     pub(super) console: Option<BorrowedFd<'a>>,
 }
@@ -156,7 +158,7 @@ impl Sandbox {
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
             cmdline: plan.kernel_args.to_owned(),
-            disks: disk_configs(plan, &disks),
+            disks: disk_configs(plan, &disks, launch.discard),
             nets: Vec::new(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -272,7 +274,7 @@ fn open_disks(plan: &Plan) -> Result<Vec<Vec<OwnedFd>>, LaunchError> {
         .collect()
 }
 
-fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
+fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>], discard: bool) -> Vec<DiskConfig> {
     plan.disks
         .iter()
         .zip(fds)
@@ -280,6 +282,8 @@ fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
             id: disk.id.clone(),
             segments: crate::fds::numbers(fds),
             read_only: disk.read_only,
+            // A container that goes away with its end leaves nothing to read: its fsync needn't wait for the host's disk.
+            volatile: discard && !disk.read_only,
             rate_limit: None,
         })
         .collect()

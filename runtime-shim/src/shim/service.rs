@@ -180,6 +180,7 @@ impl Service {
             launch: Launch {
                 settings: &self.settings,
                 journal: &self.journal,
+                discard: self.discard,
                 console: self.console.as_ref().map(AsFd::as_fd),
             },
             shim_main: self.shim_main,
