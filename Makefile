@@ -8,6 +8,11 @@ STAGE   := build
 BIN     := $(STAGE)/bin
 LIBEXEC := $(STAGE)/libexec/casemate
 SHARE   := $(STAGE)/share/casemate
+MAN     := share/man/man1
+# Where each shell looks, below any prefix.
+BASH    := share/bash-completion/completions
+ZSH     := share/zsh/site-functions
+FISH    := share/fish/vendor_completions.d
 
 TRIPLE  := x86_64-unknown-linux-gnu
 # Static: no dynamic linker on the start path, nothing to look up inside an empty root or a guest.
@@ -31,7 +36,7 @@ build: kernel binaries ## build everything into build/
 
 kernel: setup
 	@mkdir -p $(SHARE)
-	@install -m 644 "$$(guest-kernel-config/build guest)" $(SHARE)/vmlinux
+	@vmlinux=$$(guest-kernel-config/build guest) && install -m 644 "$$vmlinux" "$${vmlinux%/*}/System.map" $(SHARE)/
 
 binaries: setup
 	@mkdir -p $(BIN) $(LIBEXEC) $(SHARE)
@@ -42,11 +47,16 @@ binaries: setup
 	@install -m 755 target/static/$(TRIPLE)/release/casemate-vmm $(LIBEXEC)/
 	@install -m 755 target/static/$(TRIPLE)/release/containerd-shim-casemate-v2 target/release/casemate $(BIN)/
 	@agent/mkinitrd target/guest/$(TRIPLE)/agent/casemate-agent $(SHARE)/initrd.cpio
+	@mkdir -p $(addprefix $(STAGE)/,$(MAN) $(BASH) $(ZSH) $(FISH))
+	@$(BIN)/casemate man $(STAGE)/$(MAN)
+	@$(BIN)/casemate completion bash > $(STAGE)/$(BASH)/casemate
+	@$(BIN)/casemate completion zsh > $(STAGE)/$(ZSH)/_casemate
+	@$(BIN)/casemate completion fish > $(STAGE)/$(FISH)/casemate.fish
 
 demo: build ## run a real Debian image in a microVM
 	@scripts/demo
 
-test: setup-test lint unit e2e ## pass the tests
+test: setup-test lint unit e2e gate fuzz ## pass the tests
 
 lint: setup-test
 	cargo fmt --all --check
@@ -54,14 +64,14 @@ lint: setup-test
 	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
 
 unit: setup-test
-	cargo test --workspace --quiet
+	cargo test --workspace --features casemate-tests/bench --quiet
 
 e2e: setup-test build ## the end-to-end tests, on the KVM host
 	vmm/tests/run
 	tests/run-e2e
 
-gate: setup-test build ## compare the boots with tests/bench/baseline.json
-	tests/bench/run --gate
+gate: setup-test build ## compare the starts with tests/bench/baseline.json
+	tests/bench/run gate
 
 fuzz: setup-test ## FUZZ_SECONDS=60 for each target
 	fuzz/run $(or $(FUZZ_SECONDS),5)
@@ -71,13 +81,19 @@ bench: setup-test build ## measure; writes target/bench/ and docs/performance.md
 
 install: ## PREFIX=/usr/local DESTDIR=
 	@test -x $(BIN)/casemate || { echo "nothing to install: run make first" >&2; exit 1; }
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/casemate $(DESTDIR)$(PREFIX)/share/casemate
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin libexec/casemate share/casemate $(MAN) $(BASH) $(ZSH) $(FISH))
 	install -m 755 $(BIN)/casemate $(BIN)/containerd-shim-casemate-v2 $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 $(LIBEXEC)/casemate-vmm $(DESTDIR)$(PREFIX)/libexec/casemate/
-	install -m 644 $(SHARE)/vmlinux $(SHARE)/initrd.cpio $(DESTDIR)$(PREFIX)/share/casemate/
+	install -m 644 $(SHARE)/vmlinux $(SHARE)/System.map $(SHARE)/initrd.cpio $(DESTDIR)$(PREFIX)/share/casemate/
+	install -m 644 $(STAGE)/$(MAN)/casemate*.1 $(DESTDIR)$(PREFIX)/$(MAN)/
+	install -m 644 $(STAGE)/$(BASH)/casemate $(DESTDIR)$(PREFIX)/$(BASH)/
+	install -m 644 $(STAGE)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(ZSH)/
+	install -m 644 $(STAGE)/$(FISH)/casemate.fish $(DESTDIR)$(PREFIX)/$(FISH)/
 
-uninstall:
+uninstall: ## PREFIX=/usr/local DESTDIR=
 	rm -f $(DESTDIR)$(PREFIX)/bin/casemate $(DESTDIR)$(PREFIX)/bin/containerd-shim-casemate-v2
+	rm -f $(DESTDIR)$(PREFIX)/$(MAN)/casemate.1 $(DESTDIR)$(PREFIX)/$(MAN)/casemate-*.1
+	rm -f $(DESTDIR)$(PREFIX)/$(BASH)/casemate $(DESTDIR)$(PREFIX)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(FISH)/casemate.fish
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/casemate $(DESTDIR)$(PREFIX)/share/casemate
 
 clean:

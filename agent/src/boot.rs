@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use casemate_protocol::{GUEST_RUN_DIR, power};
+use casemate_protocol::GUEST_RUN_DIR;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::system::RebootCommand;
@@ -134,14 +134,14 @@ pub(crate) fn quiesce() {
     rustix::fs::sync();
 }
 
-/// Ends the guest in good order. As PID 1 it doesn't return.
-pub fn power_off() {
+/// Ends the guest with everything on its disks; `how` is one of [`power`]. As PID 1 it doesn't return.
+pub fn end_guest(how: u8) {
     if std::process::id() != 1 {
         return; // not a guest: a test
     }
     quiesce();
-    let error = arch::write_power_port(power::OFF);
-    log(3, &format!("power off through the VMM's port: {error}"));
+    let error = arch::write_power_port(how);
+    log(3, &format!("end by way of the VMM's port: {error}"));
     let _ = rustix::system::reboot(RebootCommand::PowerOff);
     // Without ACPI that only halts; a reset ends the VM as well.
     let _ = rustix::system::reboot(RebootCommand::Restart);

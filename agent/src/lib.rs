@@ -24,7 +24,7 @@ pub mod seccomp;
 mod server;
 mod sys;
 
-pub use boot::{log, log_panics, power_off};
+pub use boot::{end_guest, log, log_panics};
 pub use conn::{Conn, Host};
 pub use container::{check_process, check_resources, check_spec};
 pub use error::{Error, Kind, Result};

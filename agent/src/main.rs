@@ -1,16 +1,20 @@
 //! `/init` of the guest.
 
 use anyhow::Context as _;
-use casemate_agent::{Host, log, log_panics, monotonic_ns, power_off, serve};
-use casemate_protocol::{CONTROL_PORT, HOST_CID};
+use casemate_agent::{Host, end_guest, log, log_panics, monotonic_ns, serve};
+use casemate_protocol::{CONTROL_PORT, HOST_CID, power};
 
 fn main() {
     let main_ns = monotonic_ns();
     log_panics();
-    if let Err(error) = run(main_ns) {
-        log(2, &format!("{error:#}"));
+    match run(main_ns) {
+        Ok(()) => end_guest(power::OFF),
+        // No orderly end: the VMM then passes on the guest's log, and with it the reason.
+        Err(error) => {
+            log(2, &format!("{error:#}"));
+            end_guest(power::RESET);
+        }
     }
-    power_off();
 }
 
 fn run(main_ns: u64) -> anyhow::Result<()> {

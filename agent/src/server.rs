@@ -115,6 +115,12 @@ fn signal(number: u32) -> Result<i32> {
     }
 }
 
+/// Bytes of memory that nothing uses.
+fn free_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.freeram as u64 * u64::from(info.mem_unit.max(1))
+}
+
 #[async_trait]
 impl Agent for Service {
     async fn hello(
@@ -137,6 +143,7 @@ impl Agent for Service {
                 .into_owned(),
             main_ns: self.main_ns,
             serving_ns: self.serving_ns,
+            free_bytes: free_memory(),
             ..Default::default()
         })
     }

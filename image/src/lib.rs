@@ -25,6 +25,7 @@ mod store;
 mod tar;
 #[cfg(test)]
 mod testing;
+mod text;
 mod tree;
 
 pub use digest::Digest;

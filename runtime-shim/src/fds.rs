@@ -66,6 +66,16 @@ pub fn memory_file(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// An anonymous file of `size` bytes, all zero, that can't be made larger: a child writes to it what fits.
+pub fn bounded_file(name: &str, size: u64) -> io::Result<std::fs::File> {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&fd, seals)?;
+    Ok(fd.into())
+}
+
 /// Registers a descriptor with the event loop.
 #[allow(unsafe_code)] // tokio asks for a promise about the descriptor's life
 pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
@@ -95,6 +105,19 @@ mod tests {
         assert_eq!(child.wait_with_output().unwrap().stdout, b"hello");
         let flags = rustix::io::fcntl_getfd(&file).unwrap();
         assert!(flags.contains(FdFlags::CLOEXEC));
+    }
+
+    #[test]
+    fn bounded_file_takes_what_fits_and_no_more() {
+        use std::io::Write;
+        use std::os::unix::fs::FileExt;
+        let mut file = bounded_file("test", 8).unwrap();
+        file.write_all(b"12345678").unwrap();
+        assert!(file.write_all(b"9").is_err());
+        assert!(file.set_len(9).is_err());
+        let mut back = [0; 8];
+        file.read_exact_at(&mut back, 0).unwrap();
+        assert_eq!(&back, b"12345678");
     }
 
     #[test]

@@ -37,6 +37,13 @@ pub enum Taken {
         /// Absolute path.
         path: PathBuf,
     },
+    /// A container's name: a file that holds its id, and another's once the name changed hands.
+    Name {
+        /// Absolute path.
+        path: PathBuf,
+        /// Whose name it is.
+        id: String,
+    },
 }
 
 /// The journal of one sandbox.
@@ -120,11 +127,16 @@ pub fn kill_processes(taken: &[Taken]) {
 /// Deletes the files of `taken`; those already gone are fine.
 pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
     for item in taken {
-        if let Taken::File { path } = item {
-            match std::fs::remove_file(path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
+        let path = match item {
+            Taken::File { path } => path,
+            Taken::Name { path, id } if std::fs::read(path).is_ok_and(|o| o == id.as_bytes()) => {
+                path
             }
+            Taken::Name { .. } | Taken::Process { .. } => continue,
+        };
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
         }
     }
     Ok(())
@@ -197,6 +209,21 @@ mod tests {
         let taken = [Taken::File { path: path.clone() }];
         delete_files(&taken).unwrap();
         delete_files(&taken).unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn delete_files_spares_a_name_that_changed_hands() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web");
+        let id = |id: &str| Taken::Name {
+            path: path.clone(),
+            id: id.into(),
+        };
+        std::fs::write(&path, "bbb").unwrap();
+        delete_files(&[id("aaa")]).unwrap();
+        assert!(path.exists());
+        delete_files(&[id("bbb")]).unwrap();
         assert!(!path.exists());
     }
 

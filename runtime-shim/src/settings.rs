@@ -3,6 +3,7 @@
 //! Every key is optional; the user's keys win; an unknown key is an error.
 //! `CASEMATE_STATE`, `CASEMATE_DATA` and `CASEMATE_START_TIMEOUT` win over both.
 
+use crate::plan::MAX_VCPUS;
 use crate::{paths, size};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -98,6 +99,8 @@ const DEFAULT_START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pages are backed only when touched: enough for a language runtime, small enough to boot fast.
 const DEFAULT_MEMORY: u64 = 512 * size::MIB;
 const DEFAULT_STORAGE: u64 = 10 << 30;
+/// No configuration of a person is larger.
+const MAX_FILE: u64 = 1 << 20;
 
 impl Settings {
     /// Reads the files that exist; absent files cost one failed open each.
@@ -130,7 +133,7 @@ impl Settings {
                 .unwrap_or_else(paths::default_data_dir),
             start_timeout: start_timeout(env("CASEMATE_START_TIMEOUT"), file.start_timeout)?,
             memory: bytes("memory", file.memory, DEFAULT_MEMORY)?,
-            cpus: file.cpus.unwrap_or(1).max(1),
+            cpus: cpus(file.cpus)?,
             storage_size: bytes("storage_size", file.storage_size, DEFAULT_STORAGE)?,
             registries: file.registries,
             image: file.image,
@@ -139,8 +142,15 @@ impl Settings {
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, SettingsError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
+    use std::io::Read;
+    let mut text = String::new();
+    let read = std::fs::File::open(path).and_then(|f| f.take(MAX_FILE).read_to_string(&mut text));
+    match read {
+        Ok(length) if length as u64 == MAX_FILE => Err(SettingsError::Parse {
+            path: path.to_owned(),
+            message: format!("it is too large; at most {MAX_FILE} bytes are accepted"),
+        }),
+        Ok(_) => Ok(Some(text)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(SettingsError::Read {
             path: path.to_owned(),
@@ -197,6 +207,17 @@ fn start_timeout(
     }
 }
 
+fn cpus(number: Option<u32>) -> Result<u32, SettingsError> {
+    match number {
+        None => Ok(1),
+        Some(n) if (1..=MAX_VCPUS).contains(&n) => Ok(n),
+        Some(n) => Err(SettingsError::Value {
+            origin: "cpus",
+            message: format!("must be 1 to {MAX_VCPUS}, not {n}"),
+        }),
+    }
+}
+
 fn bytes(origin: &'static str, text: Option<String>, default: u64) -> Result<u64, SettingsError> {
     match text {
         None => Ok(default),
@@ -219,6 +240,22 @@ mod tests {
             text.contains("kernle") && text.contains("/x/config.toml"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn cpus_out_of_bounds_are_refused() {
+        assert_eq!(cpus(None).unwrap(), 1);
+        assert_eq!(cpus(Some(MAX_VCPUS)).unwrap(), MAX_VCPUS);
+        for number in [0, MAX_VCPUS + 1] {
+            let text = cpus(Some(number)).unwrap_err().to_string();
+            assert!(text.contains(&number.to_string()), "{text}");
+        }
+    }
+
+    #[test]
+    fn read_if_there_of_an_endless_file_is_refused() {
+        assert!(read_if_there(Path::new("/dev/zero")).is_err());
+        assert!(read_if_there(Path::new("/no/such")).unwrap().is_none());
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! locked for as long as someone looks after it: the command line takes the lock
 //! with the directory and hands the same open file to the shim, so that the lock
 //! falls exactly when both are gone. Whoever then gets the lock tidies up by the
-//! journal. Lock order: one sandbox at a time, never two.
+//! journal. The file gets its name once it is locked, so nobody finds a new
+//! sandbox unattended. Lock order: one sandbox, then the names, never two of either.
 
 use crate::journal::{self, Journal, Taken};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -22,6 +23,10 @@ pub const DEFAULT_NAMESPACE: &str = "default";
 const NAMES: &str = "names";
 /// No metadata of ours is larger.
 const MAX_META: u64 = 4 << 20;
+/// The file that is locked.
+const LOCK: &str = "lock";
+/// A directory without a lock is being made or unmade right now, or is left over from that.
+const BEING_MADE: Duration = Duration::from_secs(60);
 
 /// What went wrong with the state directory.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +95,9 @@ pub struct Meta {
     pub created: u64,
     /// Goes away when it ends.
     pub auto_remove: bool,
+    /// What `stop` sends; `None`: SIGTERM.
+    #[serde(default)]
+    pub stop_signal: Option<String>,
     /// The user's labels and the image's.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -112,6 +120,9 @@ pub struct Status {
     /// Nanoseconds since the epoch, 0: not yet.
     #[serde(default)]
     pub finished: u64,
+    /// The guest's kernel killed it for lack of memory.
+    #[serde(default)]
+    pub oom_killed: bool,
     /// Why it ended, when that was not the workload's doing.
     #[serde(default)]
     pub error: String,
@@ -207,61 +218,51 @@ impl StateRoot {
                 io::ErrorKind::AlreadyExists.into(),
             ));
         }
-        let made = self.fill(&path, meta);
-        if made.is_err() {
-            // The journal may name another container's file: it must not be followed.
+        let lock = new_lock(&path).inspect_err(|_| {
             let _ = std::fs::remove_dir_all(&path);
+        })?;
+        let dir = SandboxDir { path, lock };
+        if let Err(error) = self.fill(&dir, meta) {
+            // The first error is the one to tell.
+            let _ = dir.remove();
+            return Err(error);
         }
-        made
-    }
-
-    fn fill(&self, path: &Path, meta: &Meta) -> Result<SandboxDir, StateError> {
-        let lock = lock(path)?.ok_or_else(|| StateError::Running(meta.id.clone()))?;
-        let dir = SandboxDir {
-            path: path.to_owned(),
-            lock,
-        };
-        write_json(&dir.path, "meta.json", meta)?;
-        let name_file = self.dir.join(NAMES).join(&meta.name);
-        dir.journal()
-            .record(&Taken::File {
-                path: name_file.clone(),
-            })
-            .map_err(io_error("write the journal in", &dir.path))?;
-        self.claim_name(&name_file, meta)?;
         Ok(dir)
     }
 
+    fn fill(&self, dir: &SandboxDir, meta: &Meta) -> Result<(), StateError> {
+        write_json(&dir.path, "meta.json", meta)?;
+        let name_file = self.dir.join(NAMES).join(&meta.name);
+        dir.journal()
+            .record(&Taken::Name {
+                path: name_file.clone(),
+                id: meta.id.clone(),
+            })
+            .map_err(io_error("write the journal in", &dir.path))?;
+        self.claim_name(&name_file, meta)
+    }
+
     fn claim_name(&self, file: &Path, meta: &Meta) -> Result<(), StateError> {
-        for _ in 0..2 {
-            match rustix::fs::open(
-                file,
-                OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC,
-                Mode::RUSR | Mode::WUSR,
-            ) {
-                Ok(fd) => {
-                    rustix::io::write(&fd, meta.id.as_bytes())
-                        .map_err(|e| io_error("write", file)(e.into()))?;
-                    return Ok(());
-                }
-                Err(rustix::io::Errno::EXIST) => {
-                    let owner = std::fs::read_to_string(file).unwrap_or_default();
-                    if !owner.is_empty() && self.path_of(&owner).exists() {
-                        return Err(StateError::NameInUse {
-                            name: meta.name.clone(),
-                            id: owner,
-                        });
-                    }
-                    // Its owner is gone: the name is free.
-                    let _ = std::fs::remove_file(file);
-                }
-                Err(e) => return Err(io_error("create", file)(e.into())),
+        let names = self.dir.join(NAMES);
+        // Held for a few file operations, by whoever claims a name.
+        let claims = open_lock(&names.join(".lock"), OFlags::CREATE)?;
+        rustix::fs::flock(&claims, FlockOperation::LockExclusive)
+            .map_err(|e| io_error("lock", &names)(e.into()))?;
+        match std::fs::read_to_string(file) {
+            Ok(owner) if !owner.is_empty() && self.path_of(&owner).exists() => {
+                return Err(StateError::NameInUse {
+                    name: meta.name.clone(),
+                    id: owner,
+                });
             }
+            // Its owner is gone: the name is free.
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error("read", file)(e)),
         }
-        Err(StateError::NameInUse {
-            name: meta.name.clone(),
-            id: String::new(),
-        })
+        let whole = names.join(".new");
+        std::fs::write(&whole, &meta.id).map_err(io_error("write", &whole))?;
+        std::fs::rename(&whole, file).map_err(io_error("write", file))
     }
 
     /// The ids of all sandboxes, in no order.
@@ -275,15 +276,18 @@ impl StateRoot {
 
     /// Tidies up after every sandbox that nobody looks after any more.
     ///
-    /// Costs one directory read when there is none.
-    pub fn reclaim_dead(&self) -> Result<(), StateError> {
-        for id in self.ids()? {
+    /// Costs one directory read when there is none. What can't be tidied up stays, and is told.
+    pub fn reclaim_dead(&self) -> Result<Vec<StateError>, StateError> {
+        let reclaim = |id: String| -> Result<(), StateError> {
             let path = self.path_of(&id);
-            if let Some(lock) = lock(&path)? {
-                SandboxDir { path, lock }.reclaim()?;
+            match lock(&path)? {
+                Lock::Ours(lock) => SandboxDir { path, lock }.reclaim(),
+                Lock::Theirs => Ok(()),
+                Lock::Missing => remove_leftover(&path),
             }
-        }
-        Ok(())
+        };
+        let ids = self.ids()?;
+        Ok(ids.into_iter().filter_map(|id| reclaim(id).err()).collect())
     }
 
     /// All containers, newest first.
@@ -331,16 +335,13 @@ impl StateRoot {
         let id = &container.meta.id;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(lock) = lock(&container.dir)? {
-                return SandboxDir {
-                    path: container.dir.clone(),
-                    lock,
+            match lock(&container.dir)? {
+                Lock::Ours(lock) => {
+                    let path = container.dir.clone();
+                    return SandboxDir { path, lock }.remove();
                 }
-                .remove();
-            }
-            if !container.dir.exists() {
-                // Who looked after it removed it.
-                return Ok(());
+                Lock::Missing => return remove_all(&container.dir),
+                Lock::Theirs => {}
             }
             if !force {
                 return Err(StateError::Running(id.clone()));
@@ -419,29 +420,72 @@ impl SandboxDir {
             "delete the files that the journal names in",
             &self.path,
         ))?;
-        match std::fs::remove_dir_all(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &self.path)(e)),
-            _ => Ok(()),
-        }
+        remove_all(&self.path)
     }
 }
 
-/// Locks a sandbox's directory, or says by `None` that someone looks after it.
-fn lock(dir: &Path) -> Result<Option<OwnedFd>, StateError> {
-    let path = dir.join("lock");
-    let fd = match rustix::fs::open(
-        &path,
-        OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        Mode::RUSR | Mode::WUSR,
-    ) {
+fn remove_all(dir: &Path) -> Result<(), StateError> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", dir)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a directory that nobody finished making or unmaking.
+fn remove_leftover(dir: &Path) -> Result<(), StateError> {
+    let age = std::fs::symlink_metadata(dir)
+        .and_then(|m| m.modified())
+        .map(|at| at.elapsed().unwrap_or_default());
+    match age {
+        Ok(age) if age > BEING_MADE => remove_all(dir),
+        _ => Ok(()),
+    }
+}
+
+/// Who looks after a sandbox's directory.
+enum Lock {
+    /// We do from now on.
+    Ours(OwnedFd),
+    /// Somebody else.
+    Theirs,
+    /// There is nothing to lock.
+    Missing,
+}
+
+fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, StateError> {
+    let flags = flags | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|e| io_error("open", path)(e.into()))
+}
+
+/// Makes and takes the lock of a directory that was just made.
+fn new_lock(dir: &Path) -> Result<OwnedFd, StateError> {
+    let (unnamed, path) = (dir.join("lock.new"), dir.join(LOCK));
+    let fd = open_lock(&unnamed, OFlags::CREATE | OFlags::EXCL)?;
+    rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|e| io_error("lock", &unnamed)(e.into()))?;
+    std::fs::rename(&unnamed, &path).map_err(io_error("rename", &unnamed))?;
+    Ok(fd)
+}
+
+/// Takes the lock of a sandbox's directory if nobody has it.
+fn lock(dir: &Path) -> Result<Lock, StateError> {
+    let path = dir.join(LOCK);
+    let fd = match open_lock(&path, OFlags::empty()) {
         Ok(fd) => fd,
-        // Removed meanwhile: then it's nobody's.
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(None),
-        Err(e) => return Err(io_error("open", &path)(e.into())),
+        Err(StateError::Io { source, .. })
+            if matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(Lock::Missing);
+        }
+        Err(e) => return Err(e),
     };
     match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Lock::Theirs),
         Err(e) => return Err(io_error("lock", &path)(e.into())),
     }
     // Another one may have removed the directory between open and lock.
@@ -449,7 +493,7 @@ fn lock(dir: &Path) -> Result<Option<OwnedFd>, StateError> {
         (Ok(a), Ok(b)) => a.st_ino == b.st_ino && a.st_dev == b.st_dev,
         _ => false,
     };
-    Ok(same.then_some(fd))
+    Ok(if same { Lock::Ours(fd) } else { Lock::Missing })
 }
 
 fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), StateError> {
@@ -489,6 +533,7 @@ mod tests {
             command: vec!["true".into()],
             created: 1,
             auto_remove,
+            stop_signal: None,
             labels: BTreeMap::new(),
         }
     }
@@ -550,6 +595,72 @@ mod tests {
         let container = root.find("a").unwrap();
         assert_eq!(container.status.state, State::Exited);
         assert_eq!(container.status.exit_code, 137);
+    }
+
+    #[test]
+    fn create_while_others_tidy_up_always_succeeds() {
+        let (dir, root) = root();
+        let state = dir.path().join("state");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let tidier = scope.spawn(|| {
+                let root = StateRoot::open(&state, DEFAULT_NAMESPACE).unwrap();
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    assert!(root.reclaim_dead().unwrap().is_empty());
+                }
+            });
+            for number in 0..500 {
+                let id = format!("id{number}");
+                let sandbox = root.create(&meta(&id, &id, true)).unwrap();
+                assert!(sandbox.path().join("meta.json").exists());
+                sandbox.remove().unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            tidier.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn create_of_one_name_by_many_gives_it_to_one() {
+        let (_dir, root) = root();
+        let won = std::thread::scope(|scope| {
+            let claims: Vec<_> = (0..16)
+                .map(|number| {
+                    let root = &root;
+                    scope.spawn(move || root.create(&meta(&format!("id{number}"), "web", true)))
+                })
+                .collect();
+            let claims: Vec<_> = claims.into_iter().map(|c| c.join().unwrap()).collect();
+            claims
+                .into_iter()
+                .filter_map(Result::ok)
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(won.len(), 1);
+        let owner = std::fs::read_to_string(root.dir.join(NAMES).join("web")).unwrap();
+        assert_eq!(won[0].path().file_name().unwrap().to_str().unwrap(), owner);
+        // The losers left nothing, and the winner's name among it.
+        assert_eq!(root.containers().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn reclaim_dead_with_one_that_resists_tidies_up_the_others() {
+        let (dir, root) = root();
+        let sandbox = root.create(&meta("aaa", "a", true)).unwrap();
+        // A directory where a file is expected can't be deleted.
+        let resists = dir.path().join("resists");
+        std::fs::create_dir(&resists).unwrap();
+        let taken = Taken::File { path: resists };
+        sandbox.journal().record(&taken).unwrap();
+        drop(sandbox);
+        for id in ["bbb", "ccc"] {
+            drop(root.create(&meta(id, id, true)).unwrap());
+        }
+
+        let errors = root.reclaim_dead().unwrap();
+
+        assert_eq!(errors.len(), 1);
+        assert_eq!(root.containers().unwrap().len(), 1);
     }
 
     #[test]

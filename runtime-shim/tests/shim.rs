@@ -47,6 +47,7 @@ fn meta() -> Meta {
         command: Vec::new(),
         created: 1,
         auto_remove: true,
+        stop_signal: None,
         labels: Default::default(),
     }
 }

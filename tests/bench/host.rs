@@ -7,45 +7,124 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use casemate_tests::fixture::{self, Compression, Image, Layer, Layout};
+use tempfile::TempDir;
 
 use crate::figures::Figure;
 use crate::inside::FIO_BYTES;
 
-/// How the figures below `boots`, `runs` and `block` are clocked.
-pub(crate) const CLOCK: &str = "instructions of an emulated host, 1 ms = 1 million (docs/performance.md says what that leaves out)";
+/// What a group of figures needs and how long it may take.
+struct Group {
+    /// Images of its store.
+    images: &'static [&'static str],
+    /// Programs of this machine that it starts, and their data; copied to a host that has no disk.
+    tools: &'static [&'static str],
+    /// By the instruction clock, where the host is an emulated one.
+    clocked: bool,
+    /// Seconds until it is given up, by the wall clock of a busy machine without KVM.
+    limit: u32,
+}
+
+/// A directory of the bench's that lies on a disk of the host's own.
+pub(crate) const SCRATCH: &str = "scratch";
+
+const SCRATCH_TOOLS: [&str; 2] = ["/usr/sbin/mke2fs", "/etc/mke2fs.conf"];
+
+fn group(name: &str) -> Result<Group> {
+    const RUN_TOOLS: &[&str] = &["/usr/sbin/runc", SCRATCH_TOOLS[0], SCRATCH_TOOLS[1]];
+    let group = Group {
+        images: &[],
+        tools: &[],
+        clocked: true,
+        limit: 900,
+    };
+    Ok(match name {
+        "boots" => Group {
+            tools: &[QEMU, "/usr/share/qemu", "/usr/share/seabios"],
+            ..group
+        },
+        "one-boot" | "memory" => group,
+        "gate" => Group {
+            images: &["busybox"],
+            tools: &SCRATCH_TOOLS,
+            ..group
+        },
+        "runs" => Group {
+            images: &["busybox"],
+            tools: RUN_TOOLS,
+            ..group
+        },
+        "block" => Group {
+            images: &["fio"],
+            tools: &["/usr/bin/fio", SCRATCH_TOOLS[0], SCRATCH_TOOLS[1]],
+            ..group
+        },
+        // Gigabytes take too long by the slower clock, and nothing here is a time.
+        "console" => Group {
+            images: &["busybox"],
+            clocked: false,
+            limit: 7200,
+            ..group
+        },
+        other => bail!("no group {other:?} is measured on a KVM host"),
+    })
+}
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// Everything ready to be measured.
 pub(crate) struct Bench {
     root: PathBuf,
     prefix: PathBuf,
     dir: PathBuf,
+    /// Normal guests run right here.
+    here: bool,
+    /// Removes `dir` in the end.
+    _scratch: TempDir,
 }
 
 impl Bench {
-    /// Writes what the KVM host needs: an image store, a bundle for runc, the initrd of the boots.
+    /// Finds the KVM host and what is to be measured.
     pub(crate) fn prepare(root: &Path) -> Result<Self> {
         let prefix = casemate_tests::paths::prefix();
-        let dir = root.join("target/bench/host");
-        let bench = Self {
-            root: root.to_path_buf(),
-            prefix,
-            dir,
-        };
-        let casemate = bench.casemate();
+        let casemate = prefix.join("bin/casemate");
         ensure!(
             casemate.exists(),
             "{} is missing: run make",
             casemate.display()
         );
-        if bench.dir.exists() {
-            fs::remove_dir_all(&bench.dir)?;
-        }
-        fs::create_dir_all(&bench.dir)?;
+        let scratch = tempfile::Builder::new()
+            .prefix("casemate-bench-")
+            .tempdir()?;
+        let dir = scratch.path().to_path_buf();
+        let here = match std::env::var("CASEMATE_KVM_HOST").as_deref() {
+            Ok("here") => true,
+            Ok("emulated") => false,
+            _ => Command::new(&casemate)
+                .args(["check", "--quiet"])
+                .stdin(Stdio::null())
+                .status()?
+                .success(),
+        };
+        let bench = Self {
+            root: root.to_path_buf(),
+            prefix,
+            dir,
+            here,
+            _scratch: scratch,
+        };
         let init = fs::read(bench.static_program("casemate-bench-init")?)?;
         fs::write(bench.dir.join("sign.cpio"), fixture::initrd(&init, &[]))?;
-        bench.images()?;
-        bench.bundle()?;
         Ok(bench)
+    }
+
+    /// How the figures are clocked.
+    pub(crate) fn clock(&self) -> &'static str {
+        match self.here {
+            true => "the wall clock of a host with KVM",
+            false => {
+                "instructions of an emulated host, 1 ms = 1 million (see \"The clock\" for what that leaves out)"
+            }
+        }
     }
 
     /// The CLI that is measured.
@@ -56,14 +135,14 @@ impl Bench {
     /// Measures a group on the KVM host; what was measured before a failure is kept.
     pub(crate) fn measure(
         &self,
-        group: &str,
+        name: &str,
         samples: usize,
         figures: &mut Vec<Figure>,
     ) -> Result<()> {
-        self.on_host(group, samples, None, figures)?;
-        if group == "boots" {
+        self.on_host(name, samples, self.here, None, figures)?;
+        if name == "boots" && !self.here {
             let file = self.dir.join("exits.json");
-            self.on_host("one-boot", 1, Some(&file), figures)?;
+            self.on_host("one-boot", 1, false, Some(&file), figures)?;
             let details: BTreeMap<String, f64> = serde_json::from_slice(&fs::read(&file)?)?;
             let mut exits = Figure::plain("boot_exits", "exits", vec![details.values().sum()]);
             exits.details = details;
@@ -72,119 +151,106 @@ impl Bench {
         Ok(())
     }
 
+    /// The quick look at our side of all starts: by the instruction clock on any machine, as its figures repeat.
+    pub(crate) fn starts(&self, samples: usize) -> Result<Vec<Figure>> {
+        let mut figures = Vec::new();
+        self.on_host("gate", samples, false, None, &mut figures)?;
+        Ok(figures)
+    }
+
     fn on_host(
         &self,
-        group: &str,
+        name: &str,
         samples: usize,
+        here: bool,
         exits: Option<&Path>,
         figures: &mut Vec<Figure>,
     ) -> Result<()> {
+        let group = group(name)?;
+        let store = self.store(group.images)?;
+        let bundle = self.dir.join("bundle");
+        if name == "runs" && !bundle.exists() {
+            write_bundle(&bundle)?;
+        }
+        let scratch = self.dir.join(SCRATCH);
+        fs::create_dir_all(&scratch)?;
         let this = std::env::current_exe()?;
         let mut command = Command::new(self.root.join("tests/kvm-host/run"));
-        command.args(["--timeout", "3000"]);
-        if group == "console" {
-            // A gigabyte takes too long by the slower clock, and nothing here is a time.
-            command.args(["--scratch", "/var/tmp"]);
-        } else {
+        command.args(["--timeout", &group.limit.to_string()]);
+        if here {
+            command.args(["--where", "here"]);
+        } else if group.clocked {
             command.arg("--clock");
-            for path in self.copies(group, &this)? {
+            let parts = [&this, &self.prefix, &self.dir.join("sign.cpio"), &bundle];
+            let tools = group.tools.iter().map(PathBuf::from);
+            let firecracker = firecracker().filter(|_| name == "boots");
+            let copies = parts.into_iter().cloned().chain(store.clone()).chain(tools);
+            for path in copies.chain(firecracker).filter(|path| path.exists()) {
                 command.arg("--copy").arg(path);
             }
+        } else {
+            command
+                .args(["--where", "emulated", "--scratch"])
+                .arg(&scratch);
         }
         if let Some(file) = exits {
             command.arg("--exits").arg(file);
         }
-        if let Some(firecracker) = std::env::var_os("FIRECRACKER") {
-            let firecracker = firecracker.to_string_lossy();
-            command.args(["--env", &format!("FIRECRACKER={firecracker}")]);
+        if let Some(firecracker) = firecracker() {
+            command.args(["--env", &format!("FIRECRACKER={}", firecracker.display())]);
         }
         command
             .arg("--")
             .arg(&this)
-            .args(["inside", group, &samples.to_string()]);
+            .args(["inside", name, &samples.to_string()]);
         command.arg(&self.prefix).arg(&self.dir);
+        command.arg(store.unwrap_or_default());
         let out = command
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
             .output()?;
         for line in String::from_utf8(out.stdout)?.lines() {
             let figure = serde_json::from_str(line);
-            figures.push(figure.with_context(|| format!("{group} printed {line:?}"))?);
+            figures.push(figure.with_context(|| format!("{name} printed {line:?}"))?);
         }
-        ensure!(out.status.success(), "the KVM host: {}", out.status);
-        Ok(())
+        match out.status.code() {
+            Some(0) => Ok(()),
+            Some(124) => bail!("{name} was not over within {} s", group.limit),
+            _ => bail!("{name} failed on the KVM host: {}", out.status),
+        }
     }
 
-    /// What has to be copied to a host that has no disk.
-    fn copies(&self, group: &str, this: &Path) -> Result<Vec<PathBuf>> {
-        let mut paths = vec![this.to_path_buf(), self.prefix.clone()];
-        for name in ["sign.cpio", "bundle"] {
-            paths.push(self.dir.join(name));
+    /// A store with these images, made once: a group's own, as every byte is copied to a clocked host.
+    fn store(&self, images: &[&str]) -> Result<Option<PathBuf>> {
+        if images.is_empty() {
+            return Ok(None);
         }
-        let tools: &[&str] = match group {
-            "boots" => &[
-                "/usr/bin/qemu-system-x86_64",
-                "/usr/share/qemu",
-                "/usr/share/seabios",
-            ],
-            "runs" => &["/usr/sbin/runc", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"],
-            "block" => &["/usr/bin/fio", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"],
-            _ => &[],
-        };
-        paths.extend(tools.iter().map(PathBuf::from).filter(|path| path.exists()));
-        if !matches!(group, "boots" | "one-boot" | "gate") {
-            paths.push(self.dir.join("data"));
+        let store = self.dir.join(format!("store-of-{}", images.join("-")));
+        if store.exists() {
+            return Ok(Some(store));
         }
-        if let Some(firecracker) = std::env::var_os("FIRECRACKER").filter(|_| group == "boots") {
-            paths.push(PathBuf::from(firecracker));
-        }
-        Ok(paths)
-    }
-
-    /// The store: busybox for runs, fio with a file to read for the disk.
-    fn images(&self) -> Result<()> {
         let tool = self.static_program("casemate-guest-tool")?;
         let base =
             fixture::busybox_layer(Path::new("/bin/busybox"), &tool)?.build(Compression::Gzip);
-        let mut images = vec![Image::new("busybox:latest", vec![base.clone()])];
-        if Path::new("/usr/bin/fio").exists() {
-            images.push(Image::new("fio:latest", vec![base, fio_layer()?]));
-        }
-        for image in images {
+        for name in images {
+            let layers = match *name {
+                "fio" => vec![base.clone(), fio_layer()?],
+                _ => vec![base.clone()],
+            };
             let archive = self.dir.join("image.tar");
             let layout = self.dir.join("layout");
             let mut layout_of_one = Layout::create(&layout)?;
-            layout_of_one.add(&image)?;
+            layout_of_one.add(&Image::new(&format!("{name}:latest"), layers))?;
             layout_of_one.archive(&archive)?;
             let mut load = Command::new(self.casemate());
             load.args(["load", "-i"]).arg(&archive);
-            load.env("CASEMATE_DATA", self.dir.join("data"))
+            load.env("CASEMATE_DATA", &store)
                 .env("CASEMATE_STATE", self.dir.join("state"));
             done(load)?;
             fs::remove_file(archive)?;
             fs::remove_dir_all(layout)?;
         }
-        Ok(())
-    }
-
-    /// The same busybox unpacked, with the configuration that `runc spec` writes, for `/bin/true` without a terminal.
-    fn bundle(&self) -> Result<()> {
-        let bundle = self.dir.join("bundle");
-        let bin = bundle.join("rootfs/bin");
-        fs::create_dir_all(&bin)?;
-        for dir in ["proc", "sys", "dev", "etc", "tmp"] {
-            fs::create_dir_all(bundle.join("rootfs").join(dir))?;
-        }
-        fs::copy("/bin/busybox", bin.join("busybox"))?;
-        std::os::unix::fs::symlink("busybox", bin.join("true"))?;
-        let mut spec = Command::new("runc");
-        spec.args(["spec", "--bundle"]).arg(&bundle);
-        done(spec).context("runc (Debian package) is needed for run_vs_runc")?;
-        let file = bundle.join("config.json");
-        let mut document: serde_json::Value = serde_json::from_slice(&fs::read(&file)?)?;
-        document["process"]["args"] = serde_json::json!(["/bin/true"]);
-        document["process"]["terminal"] = serde_json::json!(false);
-        Ok(fs::write(file, serde_json::to_vec_pretty(&document)?)?)
+        Ok(Some(store))
     }
 
     /// Builds a program of this crate that needs no libraries.
@@ -214,6 +280,31 @@ impl Bench {
             .map_or_else(|| self.root.join("target"), PathBuf::from);
         Ok(target.join(TRIPLE).join("agent").join(name))
     }
+}
+
+/// The same busybox unpacked, with the configuration that `runc spec` writes, for `/bin/true` without a terminal.
+fn write_bundle(bundle: &Path) -> Result<()> {
+    let bin = bundle.join("rootfs/bin");
+    fs::create_dir_all(&bin)?;
+    for dir in ["proc", "sys", "dev", "etc", "tmp"] {
+        fs::create_dir_all(bundle.join("rootfs").join(dir))?;
+    }
+    fs::copy("/bin/busybox", bin.join("busybox"))?;
+    std::os::unix::fs::symlink("busybox", bin.join("true"))?;
+    let mut spec = Command::new("runc");
+    spec.args(["spec", "--bundle"]).arg(bundle);
+    done(spec).context("runc (Debian package) is needed for run_vs_runc")?;
+    let file = bundle.join("config.json");
+    let mut document: serde_json::Value = serde_json::from_slice(&fs::read(&file)?)?;
+    document["process"]["args"] = serde_json::json!(["/bin/true"]);
+    document["process"]["terminal"] = serde_json::json!(false);
+    Ok(fs::write(file, serde_json::to_vec_pretty(&document)?)?)
+}
+
+/// The Firecracker to compare with, if one is named.
+fn firecracker() -> Option<PathBuf> {
+    let path = std::env::var_os("FIRECRACKER")?;
+    Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty())
 }
 
 /// fio with its libraries, and the file that it reads.

@@ -1,21 +1,16 @@
-//! Summary, raw samples, the table in the documentation, and the comparison with the committed figures.
+//! Summary, raw samples, and the table in the documentation.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::figures::{Figure, median};
 
 const BEGIN: &str = "<!-- figures: written by make bench -->";
 const END: &str = "<!-- end of figures -->";
-/// A start that takes this much more than the committed figure is a regression.
-const TOLERANCE: f64 = 1.03;
 
 /// A row of the table: key, what it is, the bar and whether less than it is good.
 const ROWS: [(&str, &str, Option<f64>); 11] = [
@@ -46,12 +41,12 @@ const ROWS: [(&str, &str, Option<f64>); 11] = [
     ),
     (
         "vmm_private_kib",
-        "private memory of the VMM, guest memory left out",
+        "private memory of the VMM's processes, guest memory left out",
         Some(4096.0),
     ),
     (
         "guest_used_kib",
-        "guest memory in use, a small container included",
+        "guest memory in use once the agent is ready",
         Some(24576.0),
     ),
     (
@@ -175,7 +170,7 @@ pub(crate) fn table(figures: &[Figure], clock: &str) -> String {
     text
 }
 
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     if value == value.trunc() && value.abs() < 1e12 {
         format!("{value}")
     } else if value.abs() < 10.0 {
@@ -185,122 +180,9 @@ fn number(value: f64) -> String {
     }
 }
 
-/// The committed figures of starts, with the versions that they hold for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Baseline {
-    /// Version of the kernel's source and of the compilers.
-    pub versions: BTreeMap<String, String>,
-    /// Our side of each start's figure.
-    pub figures: BTreeMap<String, f64>,
-}
-
-impl Baseline {
-    /// What these figures would be as a baseline.
-    pub(crate) fn of(figures: &[Figure]) -> Self {
-        let ours = |figure: &Figure| {
-            let start =
-                figure.unit == "ms" || figure.side_unit == "ms" || figure.key == "boot_exits";
-            let name = figure
-                .key
-                .split("_vs_")
-                .next()
-                .unwrap_or(&figure.key)
-                .to_owned();
-            start.then(|| (name, median(&figure.ours)))
-        };
-        Self {
-            versions: versions(),
-            figures: figures.iter().filter_map(ours).collect(),
-        }
-    }
-
-    /// The committed one.
-    pub(crate) fn read(file: &Path) -> Result<Self> {
-        let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
-        serde_json::from_slice(&bytes).with_context(|| format!("read {}", file.display()))
-    }
-
-    /// Compares: the lines to print, and whether a start got worse with the same versions.
-    pub(crate) fn judge(&self, now: &Self) -> (Vec<String>, bool) {
-        let comparable = self.versions == now.versions;
-        let mut lines = Vec::new();
-        if !comparable {
-            lines.push(format!(
-                "other versions than the baseline's, so only a report: {:?}",
-                now.versions
-            ));
-        }
-        let mut worse = false;
-        for (name, new) in &now.figures {
-            let Some(old) = self.figures.get(name) else {
-                lines.push(format!("{name}: {} (not in the baseline)", number(*new)));
-                continue;
-            };
-            let verdict = match new / old {
-                ratio if ratio > TOLERANCE => {
-                    worse = true;
-                    "WORSE"
-                }
-                ratio if ratio < 1.0 / TOLERANCE => "better; commit it as the new baseline",
-                _ => "as committed",
-            };
-            lines.push(format!(
-                "{name}: {} against {}: {verdict}",
-                number(*new),
-                number(*old)
-            ));
-        }
-        (lines, worse && comparable)
-    }
-}
-
-fn versions() -> BTreeMap<String, String> {
-    let first_line = |command: &str, args: &[&str]| {
-        let out = Command::new(command).args(args).output().ok()?;
-        String::from_utf8(out.stdout)
-            .ok()?
-            .lines()
-            .next()
-            .map(str::to_owned)
-    };
-    let kernel = first_line(
-        "dpkg-query",
-        &["-W", "-f", "${Version}", "linux-source-6.12"],
-    );
-    [
-        ("linux-source-6.12", kernel),
-        ("rustc", first_line("rustc", &["-V"])),
-        ("gcc", first_line("gcc", &["--version"])),
-    ]
-    .into_iter()
-    .map(|(name, version)| (name.to_owned(), version.unwrap_or_else(|| "unknown".into())))
-    .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn baseline(version: &str, value: f64) -> Baseline {
-        Baseline {
-            versions: [("rustc".to_owned(), version.to_owned())].into(),
-            figures: [("guest_boot_ms".to_owned(), value)].into(),
-        }
-    }
-
-    #[test]
-    fn start_worse_by_more_than_three_percent_with_the_same_versions_fails() {
-        assert!(baseline("1", 100.0).judge(&baseline("1", 103.1)).1);
-        assert!(!baseline("1", 100.0).judge(&baseline("1", 102.9)).1);
-        assert!(!baseline("1", 100.0).judge(&baseline("1", 50.0)).1);
-    }
-
-    #[test]
-    fn start_worse_with_other_versions_is_only_reported() {
-        let (lines, fails) = baseline("1", 100.0).judge(&baseline("2", 200.0));
-        assert!(!fails);
-        assert!(lines.iter().any(|line| line.contains("WORSE")), "{lines:?}");
-    }
 
     #[test]
     fn page_refreshed_keeps_what_is_around_the_markers() {

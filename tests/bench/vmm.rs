@@ -135,7 +135,8 @@ pub(crate) fn boot_agent(files: &Files) -> Result<(Vmm, UnixStream, f64)> {
     let (vmm, begun) = start(files, &config, handed)?;
     ours.set_read_timeout(Some(PATIENCE))?;
     hello(&ours).context("the agent did not answer")?;
-    Ok((vmm, ours, milliseconds(begun)))
+    let took = milliseconds(begun);
+    Ok((vmm, ours, took))
 }
 
 fn config(files: &Files, initrd: &Path, handed: &mut Handed) -> Result<VmConfig> {
@@ -237,8 +238,14 @@ fn milliseconds(begun: Instant) -> f64 {
     begun.elapsed().as_secs_f64() * 1000.0
 }
 
-/// One ttrpc call, written out: a client library would be measured as well.
-fn hello(mut stream: &UnixStream) -> Result<()> {
+/// Bytes of the guest's memory that nothing uses, some time after the first answer.
+pub(crate) fn free_memory(agent: &UnixStream) -> Result<u64> {
+    // HelloResponse.free_bytes.
+    number(&hello(agent)?, 5)?.context("the agent did not tell its free memory")
+}
+
+/// One ttrpc call, written out, as a client library would be measured as well; the response's payload.
+fn hello(mut stream: &UnixStream) -> Result<Vec<u8>> {
     let field = |number: u8, value: &str| {
         let mut bytes = vec![number << 3 | 2, value.len() as u8];
         bytes.extend_from_slice(value.as_bytes());
@@ -260,11 +267,91 @@ fn hello(mut stream: &UnixStream) -> Result<()> {
     ensure!(length < 4096, "the agent's answer has {length} bytes");
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    // Field 1 of a response is the status, empty where all is well.
-    ensure!(
-        !matches!(body[..], [0x0a, length, ..] if length > 0),
-        "the agent answered with an error: {}",
-        String::from_utf8_lossy(&body)
-    );
-    Ok(())
+    let mut payload = Vec::new();
+    for field in fields(&body)? {
+        match field {
+            // The status, empty where all is well.
+            (1, Value::Bytes(status)) => ensure!(
+                status.is_empty(),
+                "the agent answered with an error: {}",
+                String::from_utf8_lossy(status)
+            ),
+            (2, Value::Bytes(bytes)) => payload = bytes.to_vec(),
+            _ => {}
+        }
+    }
+    Ok(payload)
+}
+
+/// A field's value, as far as these messages have such.
+enum Value<'a> {
+    Number(u64),
+    Bytes(&'a [u8]),
+}
+
+/// The last value of a number field.
+fn number(message: &[u8], wanted: u64) -> Result<Option<u64>> {
+    Ok(fields(message)?
+        .into_iter()
+        .rev()
+        .find_map(|field| match field {
+            (number, Value::Number(value)) if number == wanted => Some(value),
+            _ => None,
+        }))
+}
+
+/// The fields of a protobuf message with their numbers.
+fn fields(mut message: &[u8]) -> Result<Vec<(u64, Value<'_>)>> {
+    let mut fields = Vec::new();
+    while !message.is_empty() {
+        let tag = varint(&mut message)?;
+        let value = varint(&mut message)?;
+        let value = match tag & 7 {
+            0 => Value::Number(value),
+            2 => {
+                let length = usize::try_from(value)?;
+                let (bytes, rest) = message
+                    .split_at_checked(length)
+                    .with_context(|| format!("a field of {length} bytes is cut off"))?;
+                message = rest;
+                Value::Bytes(bytes)
+            }
+            other => bail!("a field of wire type {other}"),
+        };
+        fields.push((tag >> 3, value));
+    }
+    Ok(fields)
+}
+
+fn varint(message: &mut &[u8]) -> Result<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = message.split_first().context("a number is cut off")?;
+        *message = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    bail!("a number of more than 64 bits")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn number_among_other_fields_is_found() {
+        let message = [0x0a, 2, b'h', b'i', 0x18, 5, 0x28, 0x80, 0x01];
+
+        assert_eq!(number(&message, 5).unwrap(), Some(128));
+        assert_eq!(number(&message, 4).unwrap(), None);
+    }
+
+    #[test]
+    fn fields_of_a_message_cut_off_are_an_error() {
+        for message in [&[0x0a][..], &[0x0a, 5, 1], &[0x28, 0x80], &[0x0d, 0]] {
+            assert!(fields(message).is_err(), "{message:?}");
+        }
+    }
 }

@@ -18,8 +18,8 @@ const MAX_VCPUS: u8 = 32;
 const MAX_CMDLINE: usize = 1024;
 /// Longest disk serial: VIRTIO_BLK_ID_BYTES.
 const MAX_SERIAL: usize = 20;
-/// Most devices: one interrupt line each.
-const MAX_DEVICES: usize = (layout::LAST_IRQ - layout::FIRST_VIRTIO_IRQ + 1) as usize;
+/// Most devices: one interrupt line each, and one for the console.
+const MAX_DEVICES: usize = (layout::LAST_IRQ - layout::FIRST_VIRTIO_IRQ) as usize;
 /// Smallest MTU of IPv4.
 const MIN_MTU: u16 = 68;
 /// Context ids below are the hypervisor's, the loopback's and the host's.
@@ -202,6 +202,9 @@ pub struct DiskConfig {
     pub segments: Vec<Fd>,
     /// Refuses writes with VIRTIO_BLK_S_IOERR and offers VIRTIO_BLK_F_RO.
     pub read_only: bool,
+    /// Nobody reads it after the VM's end: what the guest flushes needn't be made durable.
+    #[serde(default)]
+    pub volatile: bool,
     /// Token buckets; `None`: unlimited.
     pub rate_limit: Option<RateLimit>,
 }
@@ -297,6 +300,7 @@ mod tests {
             id: id.into(),
             segments: vec![fd],
             read_only: true,
+            volatile: false,
             rate_limit: None,
         }
     }

@@ -1,7 +1,8 @@
 //! Loads an uncompressed ELF kernel straight from its file into guest memory.
 
 use crate::arch::current::layout::HIGH_MEMORY;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, HUGE_PAGE};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -67,6 +68,7 @@ pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded, Error> {
     let (entry, segments) = read_headers(file)?;
     let (low, high) = (HIGH_MEMORY, memory.map().log_start());
     let mut end = 0;
+    spare_huge_pages(memory, &segments);
     for segment in &segments {
         let start = segment.address;
         let segment_end = start.saturating_add(segment.memory_size);
@@ -95,6 +97,26 @@ pub fn load(memory: &GuestMemory, file: &File) -> Result<Loaded, Error> {
         )));
     }
     Ok(Loaded { entry, end })
+}
+
+/// Linux aligns its sections to huge pages, and fills some of those with a page or two.
+fn spare_huge_pages(memory: &GuestMemory, segments: &[Segment]) {
+    let mut filled = BTreeMap::new();
+    for segment in segments {
+        let end = segment.address.saturating_add(segment.file_size);
+        let mut at = segment.address;
+        while at < end.min(memory.map().low_end()) {
+            let block = at / HUGE_PAGE;
+            let stop = end.min((block + 1) * HUGE_PAGE);
+            *filled.entry(block).or_insert(0) += stop - at;
+            at = stop;
+        }
+    }
+    for (block, bytes) in filled {
+        if bytes < HUGE_PAGE / 8 {
+            memory.use_small_pages(block * HUGE_PAGE, HUGE_PAGE);
+        }
+    }
 }
 
 fn read_headers(mut file: impl Read + Seek) -> Result<(u64, Vec<Segment>), Error> {

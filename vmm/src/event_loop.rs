@@ -205,8 +205,12 @@ impl EventLoop {
         if outcome.code == exit_code::KVM_FAILED {
             outcome.reason += "; `casemate check` tells whether this host runs normal guests";
         }
-        if outcome.code == exit_code::RESET && guest_log::has_panic(&guest_log) {
-            outcome = Outcome::new(exit_code::PANIC, "the guest's kernel panicked");
+        if outcome.code == exit_code::RESET {
+            if guest_log::has_panic(&guest_log) {
+                outcome = Outcome::new(exit_code::PANIC, "the guest's kernel panicked");
+            } else if !guest_log::has_farewell(&guest_log) {
+                outcome.reason += " and did not say why";
+            }
         }
         if let Some(control) = &self.control {
             control.send(&Message::Ended {

@@ -13,6 +13,8 @@ const SIGNATURE: u32 = 0x4347_4244;
 /// Signature, start, size.
 const HEADER: usize = 12;
 const PANIC: &str = "Kernel panic";
+/// How the kernel's and the agent's last words begin.
+const FAREWELLS: [&str; 2] = ["reboot: ", "casemate-agent: "];
 
 /// Kernel parameters that put the log there; cached, as it is ordinary memory.
 pub fn parameters(memory: &GuestMemory) -> String {
@@ -48,6 +50,11 @@ fn word(header: &[u8], at: usize) -> usize {
 /// Whether the kernel itself said that it gave up.
 pub fn has_panic(log: &str) -> bool {
     log.contains(PANIC)
+}
+
+/// Whether the guest said why, or at least that, it ends.
+pub fn has_farewell(log: &str) -> bool {
+    FAREWELLS.iter().any(|words| log.contains(words))
 }
 
 /// The ring's bytes in the order they were written.

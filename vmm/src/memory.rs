@@ -16,6 +16,8 @@ use vm_memory::{
 pub const MIN_MIB: u32 = 32;
 /// Largest guest: 1 TiB.
 pub const MAX_MIB: u32 = 1 << 20;
+/// Size of a huge page on the host, and of the block that shares a fate in [`GuestMemory::use_small_pages`].
+pub const HUGE_PAGE: u64 = 2 << 20;
 /// The guest's kernel log, at the end of low memory: a ramoops zone.
 pub const LOG_SIZE: u64 = 64 << 10;
 
@@ -118,6 +120,20 @@ impl GuestMemory {
         self.mmap
             .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
             .map_err(io::Error::other)
+    }
+
+    /// Keeps huge pages away from where little of one would be used: clearing the rest of it
+    /// takes longer than some small faults, and the guest would hold all of it.
+    pub fn use_small_pages(&self, start: u64, size: u64) {
+        let slice = self.mmap.get_slice(GuestAddress(start), size as usize);
+        if let Ok(slice) = slice {
+            // SAFETY: the range is within a mapping, and the advice leaves its contents as they are.
+            // A refusal costs time only.
+            let _ = unsafe {
+                let guard = slice.ptr_guard_mut();
+                libc::madvise(guard.as_ptr().cast(), size as usize, libc::MADV_NOHUGEPAGE)
+            };
+        }
     }
 
     /// Makes every region a memory slot of the VM.

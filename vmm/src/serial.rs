@@ -2,11 +2,13 @@
 
 use crate::bus::BusDevice;
 use crate::sync::lock;
+use crate::virtio::saved::{self, RestoreError};
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::sync::Mutex;
 use vm_superio::Trigger;
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 /// The UART's interrupt, an irqfd.
@@ -29,6 +31,46 @@ impl Serial {
     pub fn new(irqfd: EventFd, out: File) -> Self {
         Self(Mutex::new(vm_superio::Serial::new(Line(irqfd), out)))
     }
+
+    /// As it was saved; an interrupt that was due is raised again.
+    pub fn restore(
+        state: &serde_json::Value,
+        irqfd: EventFd,
+        out: File,
+    ) -> Result<Self, RestoreError> {
+        let State(state) = saved::parse("the serial console", state)?;
+        vm_superio::Serial::from_state(&state, Line(irqfd), NoEvents, out)
+            .map(|serial| Self(Mutex::new(serial)))
+            .map_err(|error| RestoreError::Build {
+                device: "the serial console",
+                source: io::Error::other(format!("{error:?}")),
+            })
+    }
+
+    /// What the guest has written to the registers.
+    pub fn save(&self) -> serde_json::Value {
+        serde_json::json!(State(lock(&self.0).state()))
+    }
+}
+
+/// What the UART remembers.
+#[derive(Serialize, Deserialize)]
+struct State(#[serde(with = "Registers")] SerialState);
+
+/// The registers of a 16550, one byte each, and the bytes that loop back.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState", deny_unknown_fields)]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
 }
 
 impl BusDevice for Serial {
@@ -78,6 +120,34 @@ mod tests {
                 serial.write(offset, &[value; 8]);
                 serial.read(offset, &mut [0; 8]);
             }
+        }
+    }
+
+    #[test]
+    fn restore_gives_the_registers_back_and_refuses_what_never_was() {
+        let eventfd = || EventFd::new(0).expect("eventfd");
+        let out = || tempfile::tempfile().expect("temporary file");
+        let serial = Serial::new(eventfd(), out());
+        let (scratch, loopback) = (7, 0x10);
+        serial.write(scratch, &[0x5a]);
+        serial.write(4, &[loopback]);
+        serial.write(0, b"back");
+
+        let state = serial.save();
+        let restored = Serial::restore(&state, eventfd(), out()).expect("own state");
+
+        let mut byte = [0];
+        restored.read(scratch, &mut byte);
+        assert_eq!(byte, [0x5a]);
+        let mut text = [0; 4];
+        restored.read(0, &mut text);
+        assert_eq!(&text, b"back");
+        let mut too_full = state.clone();
+        too_full["in_buffer"] = vec![0; 65].into();
+        let mut unknown = state;
+        unknown["colour"] = "amber".into();
+        for bad in [too_full, unknown, serde_json::Value::Null] {
+            assert!(Serial::restore(&bad, eventfd(), out()).is_err(), "{bad}");
         }
     }
 }

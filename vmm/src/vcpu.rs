@@ -15,6 +15,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// The loop and a device's work need little; pages that stay untouched cost nothing.
 const STACK: usize = 256 << 10;
+/// Where a processor begins after a reset.
+const RESET_VECTOR: u64 = 0xfff0;
 
 /// Why a vCPU came out of the guest into this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,10 +193,7 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
                 shared.ports.read(port.into(), data);
                 ExitClass::PortRead
             }
-            // A triple fault: how a Linux with `reboot=t` resets.
-            Ok(VcpuExit::Shutdown) => {
-                return Some(Outcome::new(exit_code::RESET, "the guest reset itself"));
-            }
+            Ok(VcpuExit::Shutdown) => return Some(triple_fault(fd)),
             Ok(VcpuExit::SystemEvent(kind, _)) => {
                 let reason = format!("the guest ended with system event {kind}");
                 return Some(Outcome::new(exit_code::RESET, reason));
@@ -230,6 +229,17 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
         }
     }
     None
+}
+
+/// How a Linux with `reboot=t` resets, or a crash so deep that its kernel could say nothing.
+fn triple_fault(fd: &mut VcpuFd) -> Outcome {
+    // AMD's processors lose their state by it: KVM then shows that of a reset.
+    let at = match fd.get_regs() {
+        Ok(regs) if regs.rip != RESET_VECTOR => format!(" at instruction {:#x}", regs.rip),
+        _ => String::new(),
+    };
+    let reason = format!("the guest reset itself by a triple fault{at}");
+    Outcome::new(exit_code::RESET, reason)
 }
 
 fn internal_error(fd: &mut VcpuFd) -> Outcome {

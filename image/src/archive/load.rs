@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::progress::Event;
 use crate::reference::parse_reference;
 use crate::registry::{Descriptor, Manifest, Select, parse, select};
-use crate::store::{Config, Image, LoadOptions, LoadSource, Store, UseLock};
+use crate::store::{Config, Image, LayerClaim, LoadOptions, LoadSource, Store, UseLock};
 
 use super::input::{Input, Part};
 use super::*;
@@ -154,17 +154,16 @@ impl Store {
         let progress = &options.progress;
         let mut told = false;
         let writer = loop {
-            if self.layer_bytes(&diff_id).is_some() {
-                progress.event(Event::LayerCached {
-                    index,
-                    layer: &diff_id,
-                });
-                return Ok(());
-            }
-            match self.layer_writer(&diff_id)? {
-                Some(writer) if self.layer_bytes(&diff_id).is_none() => break writer,
-                Some(_) => continue,
-                None => {}
+            match self.claim_layer(&diff_id)? {
+                LayerClaim::Ours(writer) => break writer,
+                LayerClaim::Taken => {}
+                LayerClaim::Cached => {
+                    progress.event(Event::LayerCached {
+                        index,
+                        layer: &diff_id,
+                    });
+                    return Ok(());
+                }
             }
             if !std::mem::replace(&mut told, true) {
                 progress.event(Event::LayerWaiting {

@@ -11,7 +11,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::progress::Event;
 use crate::reference::key;
-use crate::store::{Config, Image, PullOptions, PullPolicy, Store};
+use crate::store::{Config, Image, LayerClaim, PullOptions, PullPolicy, Store};
 
 use super::client::{Endpoint, endpoints};
 use super::manifest::{Descriptor, Manifest, Select, parse, select};
@@ -154,26 +154,22 @@ impl Store {
         let progress = &options.progress;
         let mut told = false;
         let writer = loop {
-            if self.layer_bytes(&diff_id).is_some() {
-                progress.event(Event::LayerCached {
-                    index,
-                    layer: &diff_id,
-                });
-                return Ok(());
-            }
-            if let Some(writer) = self.layer_writer(&diff_id)? {
-                // It may have come to be while we waited for the right to write it.
-                if self.layer_bytes(&diff_id).is_none() {
-                    break writer;
+            match self.claim_layer(&diff_id)? {
+                LayerClaim::Ours(writer) => break writer,
+                LayerClaim::Taken => {}
+                LayerClaim::Cached => {
+                    progress.event(Event::LayerCached {
+                        index,
+                        layer: &diff_id,
+                    });
+                    return Ok(());
                 }
-                continue;
             }
-            if !told {
+            if !std::mem::replace(&mut told, true) {
                 progress.event(Event::LayerWaiting {
                     index,
                     layer: &diff_id,
                 });
-                told = true;
             }
             tokio::time::sleep(WAIT).await;
         };

@@ -30,6 +30,16 @@ pub(crate) struct UseLock {
     _lock: File,
 }
 
+/// Whose a layer is that is needed.
+pub(crate) enum LayerClaim {
+    /// It is in the store.
+    Cached,
+    /// Ours to write.
+    Ours(LayerWriter),
+    /// Somebody else is writing it now.
+    Taken,
+}
+
 /// The right to write a layer.
 pub(crate) struct LayerWriter {
     blob: Partial,
@@ -147,15 +157,22 @@ impl Store {
         }
     }
 
-    /// The right to write a layer; `None` while another process has it.
-    pub(crate) fn layer_writer(&self, diff_id: &Digest) -> Result<Option<LayerWriter>> {
+    /// Takes the right to write a layer, if it is still to be had.
+    pub(crate) fn claim_layer(&self, diff_id: &Digest) -> Result<LayerClaim> {
+        if self.layer_bytes(diff_id).is_some() {
+            return Ok(LayerClaim::Cached);
+        }
         let Some(blob) = Partial::try_new(&self.paths, &self.paths.layer(diff_id))? else {
-            return Ok(None);
+            return Ok(LayerClaim::Taken);
         };
         let Some(recipe) = Partial::try_new(&self.paths, &self.paths.recipe(diff_id))? else {
-            return Ok(None);
+            return Ok(LayerClaim::Taken);
         };
-        Ok(Some(LayerWriter { blob, recipe }))
+        // It may have come to be just before the right became free.
+        match self.layer_bytes(diff_id) {
+            Some(_) => Ok(LayerClaim::Cached),
+            None => Ok(LayerClaim::Ours(LayerWriter { blob, recipe })),
+        }
     }
 
     /// Converts, verifies and publishes a layer. Returns its blob's bytes.

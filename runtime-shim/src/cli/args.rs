@@ -42,6 +42,18 @@ pub(super) enum Command {
     Ps(PsArgs),
     /// Remove containers
     Rm(RmArgs),
+    /// Run a command in a running container
+    Exec(Box<ExecArgs>),
+    /// Ask containers to end, and kill those that don't
+    Stop(StopArgs),
+    /// Send a signal to containers
+    Kill(KillArgs),
+    /// Wait until containers end, and print their exit codes
+    Wait(ContainersArgs),
+    /// Freeze containers
+    Pause(ContainersArgs),
+    /// Let frozen containers go on
+    Unpause(ContainersArgs),
     /// Say whether this host can run microVMs, and what is missing
     Check(CheckArgs),
     /// Show the version
@@ -77,6 +89,8 @@ pub(super) enum TimingFormat {
     Table,
     /// For programs
     Json,
+    /// For people, with the guest kernel's initcalls
+    Initcalls,
 }
 
 /// `casemate run`
@@ -311,6 +325,67 @@ pub(super) struct RmArgs {
     /// Remove running containers too
     #[arg(short, long)]
     pub(super) force: bool,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) containers: Vec<String>,
+}
+
+/// `casemate exec`
+#[derive(Debug, Args)]
+pub(super) struct ExecArgs {
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(super) interactive: bool,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    pub(super) tty: bool,
+    /// Set an environment variable: NAME=VALUE, or NAME for its value here
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub(super) env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub(super) env_file: Vec<PathBuf>,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub(super) workdir: Option<String>,
+    /// User, and group, to run as: NAME|UID[:GROUP|GID]
+    #[arg(short, long)]
+    pub(super) user: Option<String>,
+    /// Give the process all capabilities
+    #[arg(long)]
+    pub(super) privileged: bool,
+    /// Name or id
+    pub(super) container: String,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub(super) command: Vec<String>,
+}
+
+/// `casemate stop`
+#[derive(Debug, Args)]
+pub(super) struct StopArgs {
+    /// Seconds until a container that goes on is killed
+    #[arg(short = 't', long = "timeout", alias = "time", default_value_t = 10)]
+    pub(super) timeout: u32,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) containers: Vec<String>,
+}
+
+/// `casemate kill`
+#[derive(Debug, Args)]
+pub(super) struct KillArgs {
+    /// The signal: KILL, SIGTERM, 15, …
+    #[arg(short, long, default_value = "KILL")]
+    pub(super) signal: String,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) containers: Vec<String>,
+}
+
+/// Commands that take nothing but containers.
+#[derive(Debug, Args)]
+pub(super) struct ContainersArgs {
     /// Names or ids
     #[arg(required = true)]
     pub(super) containers: Vec<String>,

@@ -9,6 +9,8 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::TaskClient;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -17,10 +19,32 @@ const QUICK: Duration = Duration::from_secs(60);
 /// On top of the guest's own bound: opening, mounting, creating.
 const CREATE_MARGIN: Duration = Duration::from_secs(60);
 
+/// A process as the Task API names it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ProcessId<'a> {
+    /// The container's id.
+    pub(super) container: &'a str,
+    /// Empty: the container's first process.
+    pub(super) exec: &'a str,
+}
+
+impl<'a> ProcessId<'a> {
+    /// A container's first process.
+    pub(super) fn first_of(container: &'a str) -> Self {
+        let exec = "";
+        Self { container, exec }
+    }
+}
+
+/// A connection to a sandbox's Task API.
+pub(super) struct Client {
+    task: TaskClient,
+}
+
 /// A shim that serves one sandbox, and our connection to it.
 pub(super) struct Shim {
     child: Child,
-    task: TaskClient,
+    client: Client,
     create_limit: Duration,
     /// The shim ends its sandbox once this is closed.
     _lifeline: OwnedFd,
@@ -60,6 +84,8 @@ impl Shim {
             passed.push(console.as_fd());
         }
         command
+            // The terminal's signals are for us: we hand them on to the workload.
+            .process_group(0)
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -70,70 +96,21 @@ impl Shim {
         let _ = dir.journal().record_process("shim", child.id() as i32);
         Ok(Self {
             child,
-            task: TaskClient::new(rpc::client(connection)?),
+            client: Client::new(connection)?,
             create_limit: settings.start_timeout + CREATE_MARGIN,
             _lifeline: ours,
         })
     }
 
+    /// Its Task API.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// Creates the container: boots the guest.
     pub(super) async fn create(&self, request: &api::CreateTaskRequest) -> ttrpc::Result<()> {
         let context = rpc::context(Some(self.create_limit));
-        self.task.create(context, request).await.map(|_| ())
-    }
-
-    /// Starts the container.
-    pub(super) async fn start_task(&self, id: &str) -> ttrpc::Result<()> {
-        let request = api::StartRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        let context = rpc::context(Some(QUICK));
-        self.task.start(context, &request).await.map(|_| ())
-    }
-
-    /// Waits for the container's end and gives its exit status.
-    pub(super) async fn wait(&self, id: &str) -> ttrpc::Result<u32> {
-        let request = api::WaitRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        let answer = self.task.wait(rpc::context(None), &request).await?;
-        Ok(answer.exit_status)
-    }
-
-    /// Sends a signal to the container's first process.
-    pub(super) async fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
-        let request = api::KillRequest {
-            id: id.to_owned(),
-            signal,
-            ..Default::default()
-        };
-        let context = rpc::context(Some(QUICK));
-        self.task.kill(context, &request).await.map(|_| ())
-    }
-
-    /// Tells the new size of the terminal.
-    pub(super) async fn resize(&self, id: &str, rows: u16, columns: u16) -> ttrpc::Result<()> {
-        let request = api::ResizePtyRequest {
-            id: id.to_owned(),
-            width: columns.into(),
-            height: rows.into(),
-            ..Default::default()
-        };
-        let context = rpc::context(Some(QUICK));
-        self.task.resize_pty(context, &request).await.map(|_| ())
-    }
-
-    /// Ends standard input.
-    pub(super) async fn close_stdin(&self, id: &str) -> ttrpc::Result<()> {
-        let request = api::CloseIORequest {
-            id: id.to_owned(),
-            stdin: true,
-            ..Default::default()
-        };
-        let context = rpc::context(Some(QUICK));
-        self.task.close_io(context, &request).await.map(|_| ())
+        self.client.task.create(context, request).await.map(|_| ())
     }
 
     /// Ends the sandbox in order and waits until its shim is gone.
@@ -144,10 +121,131 @@ impl Shim {
         };
         let context = rpc::context(Some(QUICK));
         // The answer may be lost when the shim is quick to go.
-        let _ = self.task.shutdown(context, &request).await;
+        let _ = self.client.task.shutdown(context, &request).await;
         drop(self._lifeline);
         reap(&mut self.child)
     }
+}
+
+impl Client {
+    fn new(connection: UnixStream) -> anyhow::Result<Self> {
+        let task = TaskClient::new(rpc::client(connection)?);
+        Ok(Self { task })
+    }
+
+    /// Connects to the shim that serves the sandbox in `dir`.
+    pub(super) fn connect(dir: &Path) -> anyhow::Result<Self> {
+        let socket = SocketPath::in_dir(dir)?;
+        let connection = UnixStream::connect(&socket.path)
+            .with_context(|| format!("nobody serves the sandbox in {}", dir.display()))?;
+        Self::new(connection)
+    }
+
+    /// Starts a process.
+    pub(super) async fn start(&self, process: ProcessId<'_>) -> ttrpc::Result<()> {
+        let request = api::StartRequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            ..Default::default()
+        };
+        self.task.start(quick(), &request).await.map(|_| ())
+    }
+
+    /// Adds a process; its container's id and its own come from `process`.
+    pub(super) async fn exec(
+        &self,
+        process: ProcessId<'_>,
+        request: api::ExecProcessRequest,
+    ) -> ttrpc::Result<()> {
+        let request = api::ExecProcessRequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            ..request
+        };
+        self.task.exec(quick(), &request).await.map(|_| ())
+    }
+
+    /// Waits for a process's end and gives its exit status.
+    pub(super) async fn wait(&self, process: ProcessId<'_>) -> ttrpc::Result<u32> {
+        let request = api::WaitRequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.task.wait(rpc::context(None), &request).await?;
+        Ok(answer.exit_status)
+    }
+
+    /// Sends a signal to a process.
+    pub(super) async fn kill(&self, process: ProcessId<'_>, signal: u32) -> ttrpc::Result<()> {
+        let request = api::KillRequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            signal,
+            ..Default::default()
+        };
+        self.task.kill(quick(), &request).await.map(|_| ())
+    }
+
+    /// Tells the new size of the terminal.
+    pub(super) async fn resize(
+        &self,
+        process: ProcessId<'_>,
+        rows: u16,
+        columns: u16,
+    ) -> ttrpc::Result<()> {
+        let request = api::ResizePtyRequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            width: columns.into(),
+            height: rows.into(),
+            ..Default::default()
+        };
+        self.task.resize_pty(quick(), &request).await.map(|_| ())
+    }
+
+    /// Ends standard input.
+    pub(super) async fn close_stdin(&self, process: ProcessId<'_>) -> ttrpc::Result<()> {
+        let request = api::CloseIORequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            stdin: true,
+            ..Default::default()
+        };
+        self.task.close_io(quick(), &request).await.map(|_| ())
+    }
+
+    /// Forgets a process that ended, once its output was passed on.
+    pub(super) async fn delete(&self, process: ProcessId<'_>) -> ttrpc::Result<()> {
+        let request = api::DeleteRequest {
+            id: process.container.to_owned(),
+            exec_id: process.exec.to_owned(),
+            ..Default::default()
+        };
+        self.task.delete(quick(), &request).await.map(|_| ())
+    }
+
+    /// Freezes the container's processes.
+    pub(super) async fn pause(&self, container: &str) -> ttrpc::Result<()> {
+        let request = api::PauseRequest {
+            id: container.to_owned(),
+            ..Default::default()
+        };
+        self.task.pause(quick(), &request).await.map(|_| ())
+    }
+
+    /// Lets them go on.
+    pub(super) async fn resume(&self, container: &str) -> ttrpc::Result<()> {
+        let request = api::ResumeRequest {
+            id: container.to_owned(),
+            ..Default::default()
+        };
+        self.task.resume(quick(), &request).await.map(|_| ())
+    }
+}
+
+fn quick() -> ttrpc::context::Context {
+    rpc::context(Some(QUICK))
 }
 
 /// The shim's last work is done when it answered: it is gone in no time, or it hangs.
@@ -173,14 +271,29 @@ fn reap(child: &mut Child) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The Task socket of a sandbox, by way of its directory's descriptor: a socket's path has room for 107 bytes only.
+struct SocketPath {
+    path: String,
+    _dir: OwnedFd,
+}
+
+impl SocketPath {
+    fn in_dir(dir: &Path) -> anyhow::Result<Self> {
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let opened = rustix::fs::open(dir, flags, rustix::fs::Mode::empty())
+            .with_context(|| format!("can't open {}", dir.display()))?;
+        Ok(Self {
+            path: format!("/proc/self/fd/{}/task.sock", opened.as_raw_fd()),
+            _dir: opened,
+        })
+    }
+}
+
 /// The Task socket in the sandbox's directory, and a connection to it.
-///
-/// By way of the directory's descriptor: a socket's path has room for 107 bytes only.
 fn sockets(dir: &SandboxDir) -> anyhow::Result<(OwnedFd, UnixStream)> {
-    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-    let opened = rustix::fs::open(dir.path(), flags, rustix::fs::Mode::empty())?;
-    let path = format!("/proc/self/fd/{}/task.sock", opened.as_raw_fd());
-    let listener = UnixListener::bind(&path).context("can't make the sandbox's socket")?;
-    let connection = UnixStream::connect(&path).context("can't connect to the sandbox's socket")?;
+    let socket = SocketPath::in_dir(dir.path())?;
+    let listener = UnixListener::bind(&socket.path).context("can't make the sandbox's socket")?;
+    let connection =
+        UnixStream::connect(&socket.path).context("can't connect to the sandbox's socket")?;
     Ok((listener.into(), connection))
 }

@@ -14,7 +14,12 @@ pub(super) fn state(settings: &Settings) -> anyhow::Result<StateRoot> {
         let dir = crate::scratch::dir_of(&settings.data_dir, &settings.state_dir);
         crate::scratch::remove_orphans(&dir, |id| root.path_of(id).exists());
     } else {
-        root.reclaim_dead()?;
+        for error in root.reclaim_dead()? {
+            eprintln!(
+                "casemate: warning: what a dead container left can't be tidied up: {}",
+                crate::rpc::chain(&error)
+            );
+        }
     }
     Ok(root)
 }
@@ -118,6 +123,7 @@ fn inspected(container: &Container) -> Value {
         "State": {
             "Status": status.state,
             "Running": status.state == State::Running,
+            "OOMKilled": status.oom_killed,
             "Pid": status.pid,
             "ExitCode": status.exit_code,
             "Error": status.error,

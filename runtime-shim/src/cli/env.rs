@@ -30,11 +30,14 @@ pub(super) fn from_user(
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
-    let size = std::fs::metadata(path)?.len();
-    if size > MAX_FILE {
-        bail!("it has {size} bytes; at most {MAX_FILE} are accepted");
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    // What isn't a regular file has no size beforehand.
+    let file = std::fs::File::open(path)?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
+        bail!("it is too large; at most {MAX_FILE} bytes are accepted");
     }
-    let bytes = std::fs::read(path)?;
     String::from_utf8(bytes).context("it is not UTF-8")
 }
 
@@ -115,6 +118,12 @@ mod tests {
         assert!(format!("{error:#}").contains("line 2"), "{error:#}");
         let none: [&str; 0] = [];
         assert!(from_user(&none, &["=x".to_owned()], here).is_err());
+    }
+
+    #[test]
+    fn from_user_with_an_endless_file_is_refused() {
+        let error = from_user(&["/dev/zero"], &[], here).unwrap_err();
+        assert!(format!("{error:#}").contains("/dev/zero"), "{error:#}");
     }
 
     proptest::proptest! {

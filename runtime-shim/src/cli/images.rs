@@ -9,8 +9,8 @@ use crate::size::Human;
 use crate::state::now_ns;
 use anyhow::{Context, bail};
 use casemate_image::{
-    Image, Limits, LoadOptions, LoadSource, Platform, PullOptions, PullPolicy, Reference,
-    RegistryConfig, SaveTarget, Store,
+    Image, Limits, LoadOptions, LoadSource, Platform, PullOptions, PullPolicy, RegistryConfig,
+    SaveTarget, Store, parse_reference,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -52,11 +52,6 @@ fn platform(wish: Option<&str>) -> anyhow::Result<Platform> {
         None => Ok(Platform::host()),
         Some(text) => text.parse().context("--platform"),
     }
-}
-
-fn reference(name: &str) -> anyhow::Result<Reference> {
-    name.parse()
-        .with_context(|| format!("{name:?} is not an image name"))
 }
 
 /// The image to run: from the store if that will do, else from its registry.
@@ -122,7 +117,7 @@ async fn pull_into(
         progress: progress::choose(quiet),
         ..PullOptions::default()
     };
-    Ok(store.pull(&reference(name)?, &options).await?)
+    Ok(store.pull(&parse_reference(name)?, &options).await?)
 }
 
 /// `casemate pull`
@@ -206,7 +201,7 @@ fn save_archive(
 
 /// `casemate tag`
 pub(super) fn tag(settings: &Settings, args: &TagArgs) -> anyhow::Result<()> {
-    store(settings)?.tag(&args.source, &reference(&args.target)?)?;
+    store(settings)?.tag(&args.source, &parse_reference(&args.target)?)?;
     Ok(())
 }
 

@@ -1,16 +1,22 @@
 //! The command line: a thin client of the image store and of the shim.
 
 mod args;
+mod attend;
 mod caps;
 mod check;
 mod client;
 mod containers;
 mod docs;
 mod env;
+mod exec;
 mod images;
+mod initcalls;
+mod kernel_log;
+mod lifecycle;
 mod output;
 mod progress;
 mod run;
+mod signals;
 mod spec;
 mod streams;
 mod template;
@@ -86,6 +92,14 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Inspect(args) => done(containers::inspect(&settings, &args)),
         Command::Ps(args) => done(containers::ps(&settings, &args)),
         Command::Rm(args) => done(containers::rm(&settings, &args)),
+        Command::Exec(args) => event_loop()
+            .map_err(run::Failure::from)
+            .and_then(|event_loop| event_loop.block_on(exec::exec(&settings, &args))),
+        Command::Stop(args) => done(blocking(lifecycle::stop(&settings, &args))),
+        Command::Kill(args) => done(blocking(lifecycle::kill(&settings, &args))),
+        Command::Wait(args) => done(blocking(lifecycle::wait(&settings, &args))),
+        Command::Pause(args) => done(blocking(lifecycle::pause(&settings, &args))),
+        Command::Unpause(args) => done(blocking(lifecycle::unpause(&settings, &args))),
         Command::Check(args) => match check::check(&settings, &args) {
             Ok(well) => Ok(u8::from(!well)),
             Err(error) => done(Err(error)),

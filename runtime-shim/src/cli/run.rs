@@ -1,25 +1,23 @@
 //! `casemate run`: a container in the foreground.
 
-use super::args::{PullWhen, RunArgs};
-use super::client::{Shim, ShimOptions};
-use super::streams::{self, Output, OutputEnd};
-use super::{containers, env, images, spec, terminal, timing};
+use super::args::{PullWhen, RunArgs, TimingFormat};
+use super::attend::{self, Attached, Fifos, Signals};
+use super::client::{ProcessId, Shim, ShimOptions};
+use super::kernel_log::KernelLog;
+use super::{containers, env, images, initcalls, spec, terminal, timing};
 use crate::journal::Taken;
 use crate::plan::{self, Host};
 use crate::rpc;
 use crate::scratch;
 use crate::settings::Settings;
 use crate::size;
-use crate::state::{Meta, SandboxDir, now_ns};
+use crate::state::{Meta, SandboxDir, Status, now_ns};
 use anyhow::{Context, bail};
 use casemate_image::{Image, RootfsDisk};
 use containerd_shim_protos::api;
 use serde_json::Value;
 use std::io::IsTerminal;
-use std::os::fd::OwnedFd;
 use std::path::Path;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::task::JoinHandle;
 use ttrpc::proto::Code;
 
 /// Docker's: the engine itself failed.
@@ -28,10 +26,6 @@ const FAILED: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 /// Docker's: the command isn't there.
 const NOT_FOUND: u8 = 127;
-/// 128 + SIGPIPE: nobody reads the output any more.
-const READER_GONE: u8 = 141;
-/// Interrupts after which a workload that doesn't listen is killed, as Docker counts.
-const PATIENCE: u32 = 3;
 
 /// A failed run: what to print and the exit code.
 #[derive(Debug)]
@@ -57,15 +51,9 @@ struct Held {
     shim: Option<Shim>,
     dir: Option<SandboxDir>,
     raw: Option<terminal::Raw>,
+    kernel_log: Option<KernelLog>,
     /// The image's files stay while the container runs.
     rootfs: Option<RootfsDisk>,
-}
-
-/// A container that runs.
-struct Running {
-    id: String,
-    outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>,
-    input: Option<streams::Input>,
 }
 
 /// Runs the container and gives its exit code.
@@ -79,7 +67,7 @@ pub(super) async fn run(settings: &Settings, args: &RunArgs, begun: u64) -> Resu
             return Ok(128 + number);
         }
     };
-    let running = match started {
+    let (id, streams) = match started {
         Ok(running) => running,
         Err(failure) => {
             // The first error is the one to tell.
@@ -87,29 +75,44 @@ pub(super) async fn run(settings: &Settings, args: &RunArgs, begun: u64) -> Resu
             return Err(failure);
         }
     };
-    let ended = attend(&held, running, signals).await;
+    let ended = match &held.shim {
+        Some(shim) => {
+            let init = ProcessId::first_of(&id);
+            attend::attend(shim.client(), init, streams, &mut signals).await
+        }
+        None => Err(anyhow::anyhow!("there is no shim")),
+    };
     // Before anything is printed.
     held.raw = None;
-    let error = held.dir.as_ref().map(|d| d.status().error);
+    let Status {
+        error, oom_killed, ..
+    } = held.dir.as_ref().map(|d| d.status()).unwrap_or_default();
     let given_back = give_back(held, args.rm).await;
-    if let Some(error) = error.filter(|e| !e.is_empty()) {
+    if !error.is_empty() {
         return Err(anyhow::anyhow!("the container's guest failed: {error}").into());
+    }
+    if oom_killed {
+        eprintln!("casemate: the container was killed for lack of memory; --memory gives it more");
     }
     let code = ended?;
     given_back?;
     Ok(code)
 }
 
-/// Ends the sandbox and, if `remove`, leaves nothing behind.
+/// Ends the sandbox and, if `remove`, leaves nothing behind, even if a part of that fails.
 async fn give_back(held: Held, remove: bool) -> anyhow::Result<()> {
     drop(held.raw);
-    if let Some(shim) = held.shim {
-        shim.end().await?;
-    }
-    match held.dir {
-        Some(dir) if remove => Ok(dir.remove()?),
+    let ended = match held.shim {
+        Some(shim) => shim.end().await,
+        None => Ok(()),
+    };
+    let logged = held.kernel_log.map_or(Ok(()), KernelLog::finish);
+    let removed = match held.dir {
+        Some(dir) if remove => dir.remove(),
         _ => Ok(()),
-    }
+    };
+    ended.and(logged)?;
+    Ok(removed?)
 }
 
 /// Everything up to the workload's start.
@@ -118,11 +121,16 @@ async fn start(
     args: &RunArgs,
     begun: u64,
     held: &mut Held,
-) -> Result<Running, Failure> {
+) -> Result<(String, Attached), Failure> {
     check_names(args)?;
     let on_terminal = std::io::stdin().is_terminal();
     if args.tty && args.interactive && !on_terminal {
         return Err(anyhow::anyhow!("the input device is not a terminal; leave out -t").into());
+    }
+    let wants_initcalls = args.timing == Some(TimingFormat::Initcalls);
+    if wants_initcalls && args.kernel_log.is_some() {
+        let clash = "--timing=initcalls reads the kernel's log itself; leave out --kernel-log";
+        return Err(anyhow::anyhow!(clash).into());
     }
     let resources = checked_resources(settings, args)?;
     let storage = storage_size(settings, args)?;
@@ -151,8 +159,20 @@ async fn start(
     write_bundle(dir.path(), &spec, &hostname)?;
     let mounts = rootfs_mounts(settings, args, dir, &id, &rootfs, storage)?;
     held.rootfs = Some(rootfs);
-    let fifos = make_fifos(dir.path(), args)?;
-    let console = kernel_log(args)?;
+    let fifos = Fifos::make(dir.path(), args.interactive, args.tty)?;
+    let initcalls_log = dir.path().join("kernel.log");
+    let console = match &args.kernel_log {
+        None if wants_initcalls => Some(&initcalls_log),
+        other => other.as_ref(),
+    };
+    let console = match console {
+        Some(path) => {
+            let (log, end) = KernelLog::start(path)?;
+            held.kernel_log = Some(log);
+            Some(end)
+        }
+        None => None,
+    };
     let options = ShimOptions {
         discard: args.rm,
         console: console.as_ref(),
@@ -160,22 +180,35 @@ async fn start(
     let shim = held.shim.insert(Shim::start(settings, dir, &options)?);
     drop(console);
 
-    let (request, mut running) = attach(&id, dir.path(), args, mounts, &fifos)?;
+    let mut streams = Attached::open(&fifos)?;
     if args.tty && args.interactive {
         held.raw = terminal::Raw::enter().context("can't put the terminal into raw mode")?;
     }
+    let request = api::CreateTaskRequest {
+        id: id.clone(),
+        bundle: dir.path().display().to_string(),
+        rootfs: mounts,
+        terminal: args.tty,
+        stdin: fifos.stdin,
+        stdout: fifos.stdout,
+        stderr: fifos.stderr,
+        ..Default::default()
+    };
     shim.create(&request).await.map_err(not_started)?;
-    if let Some(input) = &mut running.input {
-        input.keeper = None;
-    }
-    shim.start_task(&id).await.map_err(not_started)?;
+    streams.shim_is_there();
+    let init = ProcessId::first_of(&id);
+    shim.client().start(init).await.map_err(not_started)?;
     if let Some(format) = args.timing {
         let path = dir.path().join(crate::shim::timing::FILE_NAME);
         let bytes = std::fs::read(&path).context("the shim told no times")?;
         let timing = serde_json::from_slice(&bytes).context("the shim's times can't be read")?;
         eprint!("{}", timing::render(format, begun, &timing));
+        if wants_initcalls {
+            let report = initcalls::report(&initcalls_log, &settings.kernel).await?;
+            eprint!("\n{report}");
+        }
     }
-    Ok(running)
+    Ok((id, streams))
 }
 
 /// A name becomes part of paths.
@@ -233,7 +266,8 @@ fn labels(args: &RunArgs) -> anyhow::Result<Vec<(String, String)>> {
         .collect()
 }
 
-fn new_id() -> anyhow::Result<String> {
+/// A container's or process's id.
+pub(super) fn new_id() -> anyhow::Result<String> {
     let mut bytes = [0u8; 32];
     let flags = rustix::rand::GetRandomFlags::empty();
     rustix::rand::getrandom(&mut bytes, flags).context("no random numbers")?;
@@ -262,6 +296,7 @@ fn meta(
             .collect(),
         created: now_ns(),
         auto_remove: args.rm,
+        stop_signal: of_image.and_then(|c| c.stop_signal().clone()),
         labels: image_labels
             .unwrap_or_default()
             .into_iter()
@@ -340,81 +375,8 @@ fn rootfs_mounts(
     Ok(vec![lower, upper, overlay])
 }
 
-/// FIFOs for the streams that the container gets.
-struct Fifos {
-    stdin: Option<String>,
-    stdout: String,
-    stderr: Option<String>,
-}
-
-fn make_fifos(dir: &Path, args: &RunArgs) -> anyhow::Result<Fifos> {
-    let make = |name: &str| -> anyhow::Result<String> {
-        let path = streams::make_fifo(dir, name)?;
-        Ok(path.to_str().context("the path is not UTF-8")?.to_owned())
-    };
-    Ok(Fifos {
-        stdin: args.interactive.then(|| make("stdin")).transpose()?,
-        stdout: make("stdout")?,
-        stderr: (!args.tty).then(|| make("stderr")).transpose()?,
-    })
-}
-
-/// Where the guest's kernel log goes, if it is wanted.
-fn kernel_log(args: &RunArgs) -> anyhow::Result<Option<OwnedFd>> {
-    let Some(path) = &args.kernel_log else {
-        return Ok(None);
-    };
-    if path.as_os_str() == "-" {
-        return Ok(Some(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 3)?));
-    }
-    let file = std::fs::File::create(path)
-        .with_context(|| format!("--kernel-log: can't write {}", path.display()))?;
-    Ok(Some(file.into()))
-}
-
-/// Opens our ends of the FIFOs and makes the call that names them.
-fn attach(
-    id: &str,
-    bundle: &Path,
-    args: &RunArgs,
-    rootfs: Vec<api::Mount>,
-    fifos: &Fifos,
-) -> anyhow::Result<(api::CreateTaskRequest, Running)> {
-    let mut outputs = Vec::new();
-    let wanted = [
-        (Some(&fifos.stdout), Output::Stdout),
-        (fifos.stderr.as_ref(), Output::Stderr),
-    ];
-    for (path, output) in wanted {
-        if let Some(path) = path {
-            let fifo = streams::open_output(Path::new(path))?;
-            outputs.push(tokio::spawn(streams::copy_output(fifo, output)));
-        }
-    }
-    let input = match &fifos.stdin {
-        Some(path) => Some(streams::copy_input(Path::new(path))?),
-        None => None,
-    };
-    let request = api::CreateTaskRequest {
-        id: id.to_owned(),
-        bundle: bundle.display().to_string(),
-        rootfs,
-        terminal: args.tty,
-        stdin: fifos.stdin.clone().unwrap_or_default(),
-        stdout: fifos.stdout.clone(),
-        stderr: fifos.stderr.clone().unwrap_or_default(),
-        ..Default::default()
-    };
-    let running = Running {
-        id: id.to_owned(),
-        outputs,
-        input,
-    };
-    Ok((request, running))
-}
-
-/// Docker's exit codes for a container that didn't start.
-fn not_started(error: ttrpc::Error) -> Failure {
+/// Docker's exit codes for a process that didn't start.
+pub(super) fn not_started(error: ttrpc::Error) -> Failure {
     let (code, message) = rpc::parts(&error);
     Failure {
         error: anyhow::anyhow!(message),
@@ -423,129 +385,6 @@ fn not_started(error: ttrpc::Error) -> Failure {
             Code::PERMISSION_DENIED => NOT_EXECUTABLE,
             _ => FAILED,
         },
-    }
-}
-
-/// The signals that we act upon.
-struct Signals {
-    all: Vec<(u8, Signal)>,
-}
-
-/// The terminal's window changed its size.
-const WINDOW_CHANGE: u8 = 28;
-
-impl Signals {
-    fn new() -> anyhow::Result<Self> {
-        let kinds = [
-            SignalKind::interrupt(),
-            SignalKind::terminate(),
-            SignalKind::hangup(),
-            SignalKind::quit(),
-            SignalKind::user_defined1(),
-            SignalKind::user_defined2(),
-            SignalKind::window_change(),
-        ];
-        let all = kinds
-            .into_iter()
-            .map(|kind| Ok((kind.as_raw_value() as u8, signal(kind)?)))
-            .collect::<std::io::Result<_>>()
-            .context("can't listen for signals")?;
-        Ok(Self { all })
-    }
-
-    /// The next signal's number.
-    async fn next(&mut self) -> u8 {
-        std::future::poll_fn(|cx| {
-            for (number, signal) in &mut self.all {
-                if signal.poll_recv(cx).is_ready() {
-                    return std::task::Poll::Ready(*number);
-                }
-            }
-            std::task::Poll::Pending
-        })
-        .await
-    }
-
-    /// The next one that ends a program which does nothing about it.
-    async fn terminating(&mut self) -> u8 {
-        loop {
-            let number = self.next().await;
-            if number != WINDOW_CHANGE {
-                return number;
-            }
-        }
-    }
-}
-
-/// Stays with a running container until its end; gives its exit code.
-async fn attend(held: &Held, mut running: Running, mut signals: Signals) -> anyhow::Result<u8> {
-    let shim = held.shim.as_ref().context("there is no shim")?;
-    let id = running.id.as_str();
-    let mut interrupts = 0;
-    let mut status = None;
-    let wait = shim.wait(id);
-    tokio::pin!(wait);
-    let outputs = drain(std::mem::take(&mut running.outputs));
-    tokio::pin!(outputs);
-    let mut drained = false;
-    while status.is_none() || !drained {
-        tokio::select! {
-            exit = &mut wait, if status.is_none() => match exit {
-                Ok(code) => status = Some(u8::try_from(code).unwrap_or(u8::MAX)),
-                Err(error) => bail!("the shim is gone: {}", rpc::parts(&error).1),
-            },
-            end = &mut outputs, if !drained => {
-                drained = true;
-                if end? == OutputEnd::ReaderGone {
-                    // Without a reader the workload would work for nobody.
-                    let _ = shim.kill(id, 9).await;
-                    return Ok(READER_GONE);
-                }
-            }
-            number = signals.next() => {
-                if number == WINDOW_CHANGE {
-                    if let Some((rows, columns)) = terminal::size() {
-                        let _ = shim.resize(id, rows, columns).await;
-                    }
-                    continue;
-                }
-                interrupts += u32::from(number == 2 || number == 15);
-                if interrupts >= PATIENCE {
-                    let _ = shim.kill(id, 9).await;
-                    if status.is_some() {
-                        break;
-                    }
-                } else {
-                    // A workload that ended meanwhile needs no signal.
-                    let _ = shim.kill(id, number.into()).await;
-                }
-            }
-            () = stdin_ended(&mut running.input) => {
-                let _ = shim.close_stdin(id).await;
-            }
-        }
-    }
-    Ok(status.unwrap_or(FAILED))
-}
-
-/// Waits for all outputs; the first whose reader left ends the waiting.
-async fn drain(outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>) -> anyhow::Result<OutputEnd> {
-    for output in outputs {
-        if output.await.context("an output's task failed")?? == OutputEnd::ReaderGone {
-            return Ok(OutputEnd::ReaderGone);
-        }
-    }
-    Ok(OutputEnd::Complete)
-}
-
-/// Returns once when our standard input ended; never without one.
-async fn stdin_ended(input: &mut Option<streams::Input>) {
-    match input {
-        Some(running) => {
-            let _ = (&mut running.ended).await;
-            *input = None;
-        }
-        None => std::future::pending().await,
     }
 }
 

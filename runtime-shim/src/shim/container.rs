@@ -8,7 +8,6 @@ use super::timing::{self, Timing};
 use super::vm::VmError;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
 use crate::settings::Settings;
-use crate::state::now_ns;
 use casemate_protocol::agent as proto;
 use oci_spec::runtime::Spec;
 use std::collections::BTreeMap;
@@ -25,6 +24,8 @@ const MAX_FILE: u64 = 1 << 20;
 const MAX_EXECS: usize = 1024;
 /// 128 + SIGKILL: what a process reports whose guest is gone.
 const KILLED: u32 = 137;
+/// A guest that doesn't answer a kill of its first process within this time hangs, and goes with it.
+const KILL_ANSWERS: Duration = Duration::from_secs(5);
 /// After the first process, the others of its PID namespace are gone too.
 const EXECS_FOLLOW: Duration = Duration::from_secs(5);
 
@@ -191,10 +192,7 @@ impl Container {
         let answer = match self.sandbox.agent.start_container(&request).await {
             Ok(answer) => answer,
             Err(error) => {
-                self.init.set_exited(Exit {
-                    status: KILLED,
-                    at_ns: now_ns(),
-                });
+                self.init.set_exited(Exit::now(KILLED));
                 return Err(error.into());
             }
         };
@@ -248,21 +246,21 @@ impl Container {
     ) -> Result<u32, ContainerError> {
         let (streams, ends) = Streams::open(&process.paths)?;
         process.set_streams(streams);
-        let stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
+        let mut stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
+        let Hints { user, rows, cols } = Hints::of(&process.spec);
+        (stdio.rows, stdio.cols) = (rows, cols);
         let request = proto::ExecRequest {
             id: self.id.clone(),
             exec_id: process.exec_id.clone(),
             process_json: process.spec.clone(),
+            user,
             stdio: Some(stdio).into(),
             ..Default::default()
         };
         let answer = match self.sandbox.agent.exec(&request).await {
             Ok(answer) => answer,
             Err(error) => {
-                process.set_exited(Exit {
-                    status: KILLED,
-                    at_ns: now_ns(),
-                });
+                process.set_exited(Exit::now(KILLED));
                 return Err(error.into());
             }
         };
@@ -285,18 +283,16 @@ impl Container {
         };
         let (exit, error) = match self.sandbox.agent.wait(&request).await {
             Ok(answer) => {
-                let at_ns = now_ns();
-                let status = answer.exit_status.min(255);
-                (Exit { status, at_ns }, String::new())
+                let exit = Exit {
+                    oom_killed: answer.oom_killed,
+                    ..Exit::now(answer.exit_status.min(255))
+                };
+                (exit, String::new())
             }
             Err(error) => {
                 // Without its agent a guest is of no use to anyone.
                 self.sandbox.vm.kill();
-                let exit = Exit {
-                    status: KILLED,
-                    at_ns: now_ns(),
-                };
-                (exit, error.to_string())
+                (Exit::now(KILLED), error.to_string())
             }
         };
         if process.exec_id.is_empty() {
@@ -336,14 +332,18 @@ impl Container {
             all,
             ..Default::default()
         };
-        let kills_init = exec_id.is_empty() && signal == SIGKILL;
-        match self.sandbox.agent.kill(&request).await {
-            Err(CallError::Timeout { .. } | CallError::Connection { .. }) if kills_init => {
+        let answer = self.sandbox.agent.kill(&request);
+        if !(exec_id.is_empty() && signal == SIGKILL) {
+            answer.await?;
+            return Ok(());
+        }
+        match tokio::time::timeout(KILL_ANSWERS, answer).await {
+            Ok(Ok(_)) => Ok(()),
+            Err(_) | Ok(Err(CallError::Timeout { .. } | CallError::Connection { .. })) => {
                 self.sandbox.vm.kill();
                 Ok(())
             }
-            Err(error) => Err(error.into()),
-            Ok(_) => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
         }
     }
 
@@ -372,6 +372,34 @@ impl Container {
 
 /// The signal that can't be caught.
 pub(super) const SIGKILL: u32 = rustix::process::Signal::KILL.as_raw() as u32;
+
+/// What the agent is told of an added process beside its spec.
+struct Hints {
+    /// Its user by name, to be looked up in the guest; empty: by its numbers.
+    user: String,
+    /// Of its terminal; 0: unknown.
+    rows: u32,
+    cols: u32,
+}
+
+impl Hints {
+    /// Whether it is a process at all, the agent finds out.
+    fn of(process: &[u8]) -> Self {
+        let process: serde_json::Value = serde_json::from_slice(process).unwrap_or_default();
+        let cells = |name: &str| {
+            let number = process["consoleSize"][name].as_u64();
+            number.and_then(|n| u32::try_from(n).ok()).unwrap_or(0)
+        };
+        Self {
+            user: process["user"]["username"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
+            rows: cells("height"),
+            cols: cells("width"),
+        }
+    }
+}
 
 /// Rows and columns that the front door's terminal has; 0: unknown.
 fn console_size(spec: &Spec) -> (u32, u32) {

@@ -3,6 +3,7 @@
 use super::agent::{Agent, CallError};
 use super::stdio::GuestEnds;
 use super::vm::{Ended, Vm};
+use crate::fds;
 use crate::journal::Journal;
 use crate::plan::Plan;
 use crate::settings::Settings;
@@ -10,11 +11,15 @@ use casemate_protocol::{CONTROL_PORT, FIRST_STREAM_PORT, GUEST_CID, agent as pro
 use casemate_vmm::config::{Confinement, DiskConfig, VmConfig, VsockConfig, VsockPort};
 use casemate_vmm::control::{Command, Phase};
 use rustix::fs::{Mode, OFlags};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+/// Bytes kept of what a VMM prints: it says why it ends, and nothing else.
+const MAX_WORDS: usize = 4096;
 
 /// Why a sandbox didn't come up.
 #[derive(Debug, thiserror::Error)]
@@ -79,8 +84,8 @@ pub(super) struct Launch<'a> {
     pub(super) settings: &'a Settings,
     /// Where processes are written down.
     pub(super) journal: &'a Journal,
-    /// Where the VMM's own words go.
-    pub(super) log: &'a Path,
+    /// Nothing that the container writes is read after its end.
+    pub(super) discard: bool,
     /// Where the guest's serial console goes; `None`: it has none.
     pub(super) console: Option<BorrowedFd<'a>>,
 }
@@ -152,8 +157,8 @@ impl Sandbox {
             vcpus: plan.vcpus,
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
-            cmdline: String::new(),
-            disks: disk_configs(plan, &disks),
+            cmdline: plan.kernel_args.to_owned(),
+            disks: disk_configs(plan, &disks, launch.discard),
             nets: Vec::new(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -177,14 +182,14 @@ impl Sandbox {
             .map(AsFd::as_fd)
             .chain(launch.console)
             .collect();
-        let log = std::fs::File::create(launch.log).map_err(LaunchError::Setup)?;
-        let vm =
-            Vm::start(&settings.vmm, config, &passed, log, launch.journal).map_err(|source| {
-                LaunchError::Spawn {
-                    path: settings.vmm.clone(),
-                    source,
-                }
-            })?;
+        let said = fds::bounded_file("vmm-stderr", MAX_WORDS as u64).map_err(LaunchError::Setup)?;
+        let said_by_vmm = said.try_clone().map_err(LaunchError::Setup)?;
+        let vm = Vm::start(&settings.vmm, config, &passed, said_by_vmm, launch.journal).map_err(
+            |source| LaunchError::Spawn {
+                path: settings.vmm.clone(),
+                source,
+            },
+        )?;
         drop((kvm, kernel, initrd, disks));
         let next_port = FIRST_STREAM_PORT + ports.len() as u32;
         drop(ports);
@@ -192,7 +197,7 @@ impl Sandbox {
         let agent = Agent::new(ours, vm.ended()).map_err(LaunchError::Setup)?;
         let hello = match agent.hello(&hello_request(), settings.start_timeout).await {
             Ok(hello) => hello,
-            Err(cause) => return Err(failed(&vm, cause, launch.log).await),
+            Err(cause) => return Err(failed(&vm, cause, &said).await),
         };
         let sandbox = Self {
             vm,
@@ -207,7 +212,7 @@ impl Sandbox {
                 ..Default::default()
             };
             if let Err(cause) = sandbox.agent.online_cpus(&request).await {
-                return Err(failed(&sandbox.vm, cause, launch.log).await);
+                return Err(failed(&sandbox.vm, cause, &said).await);
             }
         }
         Ok((sandbox, streams.stdio))
@@ -269,7 +274,7 @@ fn open_disks(plan: &Plan) -> Result<Vec<Vec<OwnedFd>>, LaunchError> {
         .collect()
 }
 
-fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
+fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>], discard: bool) -> Vec<DiskConfig> {
     plan.disks
         .iter()
         .zip(fds)
@@ -277,6 +282,8 @@ fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>]) -> Vec<DiskConfig> {
             id: disk.id.clone(),
             segments: crate::fds::numbers(fds),
             read_only: disk.read_only,
+            // A container that goes away with its end leaves nothing to read: its fsync needn't wait for the host's disk.
+            volatile: discard && !disk.read_only,
             rate_limit: None,
         })
         .collect()
@@ -295,12 +302,12 @@ fn hello_request() -> proto::HelloRequest {
 }
 
 /// Ends a guest that failed to start and gathers what can be said about it.
-async fn failed(vm: &Vm, cause: CallError, log: &Path) -> LaunchError {
+async fn failed(vm: &Vm, cause: CallError, said: &File) -> LaunchError {
     const LAST_WORDS: Duration = Duration::from_secs(3);
     let phase = phase_name(vm.phases().last().map(|(phase, _)| *phase));
     let mut text = String::new();
     match &cause {
-        CallError::Ended(end) if end.guest_log.is_empty() => text = vmm_words(log),
+        CallError::Ended(end) if end.guest_log.is_empty() => text = vmm_words(said),
         CallError::Ended(_) => {}
         _ => {
             // Stopped rather than killed, the VMM still tells the guest's last lines.
@@ -322,13 +329,12 @@ async fn failed(vm: &Vm, cause: CallError, log: &Path) -> LaunchError {
 }
 
 /// What the VMM itself printed.
-fn vmm_words(log: &Path) -> String {
-    use io::Read;
-    let mut bytes = Vec::new();
-    if let Ok(file) = std::fs::File::open(log) {
-        let _ = file.take(16 << 10).read_to_end(&mut bytes);
-    }
-    let text = super::vm::printable(&String::from_utf8_lossy(&bytes), 4096);
+fn vmm_words(said: &File) -> String {
+    use std::os::unix::fs::FileExt;
+    let mut bytes = vec![0; MAX_WORDS];
+    let got = said.read_at(&mut bytes, 0).unwrap_or(0);
+    let end = bytes[..got].iter().position(|b| *b == 0).unwrap_or(got);
+    let text = super::vm::printable(&String::from_utf8_lossy(&bytes[..end]), MAX_WORDS);
     match text.trim() {
         "" => String::new(),
         words => format!("\nthe VMM said: {words}"),

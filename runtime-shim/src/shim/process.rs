@@ -1,6 +1,7 @@
 //! One process of a container as the Task API sees it.
 
 use super::stdio::{Paths, Streams};
+use crate::state::now_ns;
 use std::sync::Mutex;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -24,6 +25,19 @@ pub(super) struct Exit {
     pub(super) status: u32,
     /// Nanoseconds since the epoch.
     pub(super) at_ns: u64,
+    /// The guest's kernel killed it for lack of memory.
+    pub(super) oom_killed: bool,
+}
+
+impl Exit {
+    /// It ended just now.
+    pub(super) fn now(status: u32) -> Self {
+        Self {
+            status,
+            at_ns: now_ns(),
+            oom_killed: false,
+        }
+    }
 }
 
 /// A container's first process, or one that was added.
@@ -128,14 +142,8 @@ mod tests {
         let process = Process::new(String::new(), Paths::default(), Vec::new());
         assert!(process.set_running());
         assert!(!process.set_running());
-        process.set_exited(Exit {
-            status: 3,
-            at_ns: 1,
-        });
-        process.set_exited(Exit {
-            status: 137,
-            at_ns: 2,
-        });
+        process.set_exited(Exit::now(3));
+        process.set_exited(Exit::now(137));
         assert_eq!(process.exited().await.status, 3);
         assert!(!process.set_running());
     }

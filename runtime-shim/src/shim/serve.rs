@@ -64,8 +64,8 @@ impl Observer for Recorder {
     }
 
     fn exited(&self, exit: Exit, error: &str) {
-        // The directory is about to go; only an error is still to be told.
-        if self.discard && error.is_empty() {
+        // The directory is about to go; only what went wrong is still to be told.
+        if self.discard && error.is_empty() && !exit.oom_killed {
             return;
         }
         self.update(|status| {
@@ -73,6 +73,7 @@ impl Observer for Recorder {
             status.pid = 0;
             status.exit_code = exit.status;
             status.finished = exit.at_ns;
+            status.oom_killed = exit.oom_killed;
             status.error = error.to_owned();
         });
     }
@@ -99,7 +100,6 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
-        dir: serve.dir,
         console: serve.console,
         discard: serve.discard,
         shim_main,

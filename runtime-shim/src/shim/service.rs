@@ -16,7 +16,6 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp::Timestamp};
 use containerd_shim_protos::shim_async::Task;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
@@ -34,8 +33,6 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub(super) struct Service {
     pub(super) settings: Settings,
     pub(super) journal: Journal,
-    /// The sandbox's directory.
-    pub(super) dir: PathBuf,
     /// For the guest's serial console.
     pub(super) console: Option<OwnedFd>,
     /// What the container wrote needn't be kept.
@@ -170,7 +167,6 @@ impl Service {
                 "restoring a checkpoint is not supported",
             ));
         }
-        let log = self.dir.join("vmm.log");
         let create = Create {
             id: req.id,
             bundle: req.bundle.into(),
@@ -184,7 +180,7 @@ impl Service {
             launch: Launch {
                 settings: &self.settings,
                 journal: &self.journal,
-                log: &log,
+                discard: self.discard,
                 console: self.console.as_ref().map(AsFd::as_fd),
             },
             shim_main: self.shim_main,
@@ -284,10 +280,7 @@ impl Task for Service {
             .map_err(failed)?;
         // A process that was never started has nobody who waits for it in the guest.
         if process.life() == Life::Created && req.signal == SIGKILL {
-            process.set_exited(Exit {
-                status: 128 + SIGKILL,
-                at_ns: crate::state::now_ns(),
-            });
+            process.set_exited(Exit::now(128 + SIGKILL));
         }
         Ok(Empty::new())
     }
@@ -308,6 +301,7 @@ impl Task for Service {
             Life::Created => Exit {
                 status: 0,
                 at_ns: 0,
+                oom_killed: false,
             },
             Life::Exited(exit) => exit,
         };

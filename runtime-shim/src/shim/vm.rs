@@ -98,7 +98,7 @@ impl Vm {
         binary: &Path,
         mut config: VmConfig,
         passed: &[BorrowedFd<'_>],
-        log: std::fs::File,
+        stderr: std::fs::File,
         journal: &Journal,
     ) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
@@ -120,8 +120,8 @@ impl Vm {
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
+            .stdout(Stdio::null())
+            .stderr(stderr);
         let child = fds::spawn_with(&mut command, &all)?;
         drop(theirs);
         let pid = child.id();
@@ -275,9 +275,8 @@ impl Watcher {
         }
         // What it sent before it died is still in the socket.
         while open {
-            let fd = self.control.get_ref();
-            match rustix::net::recv(fd, &mut buffer[..], RecvFlags::DONTWAIT) {
-                Ok((length, _)) if length > 0 => self.take(&buffer[..length]),
+            match next_packet(self.control.get_ref(), &mut buffer) {
+                Ok(length) if length > 0 => self.take(&buffer[..length]),
                 _ => open = false,
             }
         }
@@ -333,11 +332,22 @@ impl Watcher {
 
 async fn receive(control: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
     control
-        .async_io(Interest::READABLE, |fd| {
-            let (_, length) = rustix::net::recv(fd, &mut *buffer, RecvFlags::DONTWAIT)?;
-            Ok(length)
-        })
+        .async_io(Interest::READABLE, |fd| next_packet(fd, buffer))
         .await
+}
+
+/// The next packet's length, 0 at the end, without waiting.
+///
+/// A VMM that ends with a request of ours unread resets the connection, which is told before what it still had
+/// sent: its last words are behind that error.
+fn next_packet(control: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut receive = || rustix::net::recv(control, &mut *buffer, RecvFlags::DONTWAIT);
+    let received = match receive() {
+        Err(rustix::io::Errno::CONNRESET) => receive(),
+        result => result,
+    };
+    // The length of a packet may exceed the buffer's; only what is in it counts.
+    Ok(received.map(|(_, length)| length)?.min(buffer.len()))
 }
 
 /// The last `limit` bytes of a text from outside, without anything that could move a terminal's cursor.
@@ -359,6 +369,26 @@ pub(super) fn printable(text: &str, limit: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn next_packet_after_a_reset_is_what_was_sent_before_it() {
+        let (ours, theirs) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        rustix::net::send(&theirs, b"last words", SendFlags::empty()).unwrap();
+        rustix::net::send(&ours, b"never read", SendFlags::empty()).unwrap();
+        drop(theirs);
+
+        let mut buffer = [0; 64];
+        let length = next_packet(&ours, &mut buffer).unwrap();
+
+        assert_eq!(&buffer[..length], b"last words");
+        assert_eq!(next_packet(&ours, &mut buffer).unwrap(), 0);
+    }
 
     #[test]
     fn printable_takes_the_end_and_defuses_escapes() {

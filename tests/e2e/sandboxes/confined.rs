@@ -149,7 +149,7 @@ fn assert_descriptors(host: &Host, vmm: u32) {
             "/dev/null" | "/dev/kvm" => target.to_string(),
             _ if inside("scratch") => "the scratch disk".into(),
             _ if inside("") && !writable => "a layer, read-only".into(),
-            _ if target.ends_with("/vmm.log") && writable => "its log".into(),
+            "/memfd:vmm-stderr (deleted)" => "its last words, bounded".into(),
             _ => match target.split_once(':') {
                 Some((kind @ ("socket" | "pipe"), _)) => kind.into(),
                 Some(("anon_inode", kind)) => kind.to_owned(),

@@ -61,6 +61,15 @@ fn workload_that_takes_too_much_memory_is_killed_alone() {
 }
 
 #[test]
+fn first_process_that_takes_too_much_memory_ends_with_137_and_the_reason() {
+    let host = Host::with_images();
+    host.run(["--memory", "128m", "busybox", "guest-tool", "hog"])
+        .ends_with(137)
+        .complains_of("for lack of memory");
+    host.is_clean();
+}
+
+#[test]
 fn labels_and_name_are_kept_while_it_runs() {
     let host = Host::with_images();
     let args = [

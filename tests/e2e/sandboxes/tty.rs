@@ -58,6 +58,21 @@ fn ctrl_c_interrupts_the_foreground_and_not_the_shell() {
 }
 
 #[test]
+fn ctrl_c_reaches_a_workload_that_has_no_terminal_itself() {
+    // The terminal sends SIGINT to every process of its foreground group, not to the command alone.
+    let host = Host::with_images();
+    let script = "trap 'echo interrupted; exit 9' INT; echo up; while :; do sleep 0.1; done";
+    let mut terminal = Terminal::start(
+        host.command(["run", "--rm", "busybox", "sh", "-c", script]),
+        24,
+        80,
+    );
+    terminal.shows("up").types("\x03").shows("interrupted");
+    assert_eq!(terminal.ends(), 9);
+    host.is_clean();
+}
+
+#[test]
 fn ctrl_d_ends_the_shell() {
     let host = Host::with_images();
     let mut terminal = shell(&host);

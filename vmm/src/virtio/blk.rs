@@ -85,6 +85,8 @@ pub struct BlockArgs {
     pub files: Vec<File>,
     /// Writes fail, and the guest knows.
     pub read_only: bool,
+    /// A flush makes nothing durable: nobody reads the files after the VM's end.
+    pub volatile: bool,
     /// `None`: unlimited.
     pub rate_limit: Option<RateLimit>,
     /// Runs first on the worker thread: installs its system-call filter.
@@ -95,6 +97,7 @@ pub struct BlockArgs {
 pub struct Block {
     id: String,
     read_only: bool,
+    volatile: bool,
     /// Bytes.
     capacity: u64,
     worker: Worker,
@@ -121,6 +124,7 @@ impl Block {
             id,
             files,
             read_only,
+            volatile,
             rate_limit,
             on_thread_start,
         } = args;
@@ -133,7 +137,7 @@ impl Block {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         };
         prefix.copy_from_slice(id.as_bytes());
-        let backing = Backing::new(files)?;
+        let backing = Backing::new(files, volatile)?;
         let capacity = backing.capacity();
         let counters = Arc::new(BlockCounters::default());
         let disk = Disk {
@@ -147,6 +151,7 @@ impl Block {
         Ok(Block {
             id,
             read_only,
+            volatile,
             capacity,
             worker,
             counters,
@@ -179,7 +184,7 @@ impl Block {
 
     /// Replaces the files, flushed first; the guest sees the new capacity.
     pub fn swap(&mut self, files: Vec<File>) -> io::Result<()> {
-        let backing = Backing::new(files)?;
+        let backing = Backing::new(files, self.volatile)?;
         let capacity = backing.capacity();
         self.worker.ask(|answer| Command::Swap(backing, answer))??;
         self.capacity = capacity;
@@ -228,7 +233,7 @@ impl Block {
 /// Works a disk's queue on the caller's thread until it is empty, or seems never to be: for fuzz targets.
 #[cfg(any(test, feature = "test-utils"))]
 pub fn work_inline(files: Vec<File>, read_only: bool, activation: Activation) {
-    let backing = Backing::new(files).expect("files of some size");
+    let backing = Backing::new(files, false).expect("files of some size");
     let mut disk = Disk {
         backing,
         read_only,
@@ -338,6 +343,7 @@ impl Device for Block {
             counters: _,
             interrupt: _,
             capacity_changed: _,
+            volatile: _,
         } = self;
         saved::value(&BlockState {
             id: id.clone(),

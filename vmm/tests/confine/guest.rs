@@ -113,6 +113,7 @@ impl Guest {
                 id: "disk".into(),
                 segments: vec![launch.disk.as_raw_fd()],
                 read_only: false,
+                volatile: false,
                 rate_limit: None,
             }],
             nets: launch.tap.iter().map(net).collect(),

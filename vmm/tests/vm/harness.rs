@@ -78,6 +78,7 @@ impl Machine {
             id: id.into(),
             segments,
             read_only,
+            volatile: false,
             rate_limit: None,
         });
         self

@@ -28,8 +28,8 @@ pub const HOLE_END: u64 = 0x1_0000_0000;
 pub const VIRTIO_MMIO: u64 = HOLE_START;
 /// Size of one virtio-mmio window.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
-/// Interrupt line of the first virtio device; each has one of its own.
-pub const FIRST_VIRTIO_IRQ: u8 = 5;
+/// Interrupt line of the first virtio device; each has one of its own. Line 0 is the timer's to Linux.
+pub const FIRST_VIRTIO_IRQ: u8 = 1;
 /// Last line of the IO-APIC.
 pub const LAST_IRQ: u8 = 23;
 

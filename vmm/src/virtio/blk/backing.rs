@@ -32,11 +32,13 @@ struct Segment {
 pub(super) struct Backing {
     segments: Vec<Segment>,
     capacity: u64,
+    /// Nobody reads the files after the VM's end.
+    volatile: bool,
 }
 
 impl Backing {
     /// Lays `files` end to end; none: a disk of no size.
-    pub(super) fn new(files: Vec<File>) -> io::Result<Self> {
+    pub(super) fn new(files: Vec<File>, volatile: bool) -> io::Result<Self> {
         let mut segments = Vec::with_capacity(files.len());
         let mut start = 0u64;
         for mut file in files {
@@ -63,6 +65,7 @@ impl Backing {
         Ok(Backing {
             segments,
             capacity: start,
+            volatile,
         })
     }
 
@@ -150,8 +153,11 @@ impl Backing {
         Ok(())
     }
 
-    /// Makes durable what was written.
+    /// Makes durable what was written, unless nobody needs it.
     pub(super) fn flush(&mut self) -> io::Result<()> {
+        if self.volatile {
+            return Ok(());
+        }
         for segment in self.segments.iter_mut().filter(|segment| segment.dirty) {
             segment.file.sync_data()?;
             segment.dirty = false;
@@ -203,5 +209,37 @@ fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Resul
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(volatile: bool) -> Backing {
+        let file = tempfile::tempfile().expect("file");
+        file.set_len(SEGMENT_ALIGN).expect("length");
+        let mut backing = Backing::new(vec![file], volatile).expect("backing");
+        backing.zero(0, 512, false).expect("zeroed");
+        backing
+    }
+
+    #[test]
+    fn flush_of_a_disk_syncs_what_was_written() {
+        let mut backing = written(false);
+        assert!(backing.segments[0].dirty);
+
+        backing.flush().expect("flushed");
+
+        assert!(!backing.segments[0].dirty);
+    }
+
+    #[test]
+    fn flush_of_a_volatile_disk_syncs_nothing() {
+        let mut backing = written(true);
+
+        backing.flush().expect("flushed");
+
+        assert!(backing.segments[0].dirty, "still waits for a sync");
     }
 }

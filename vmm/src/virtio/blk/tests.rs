@@ -35,6 +35,7 @@ fn args(files: Vec<File>, read_only: bool) -> BlockArgs {
         id: "disk-1".into(),
         files,
         read_only,
+        volatile: false,
         rate_limit: None,
         on_thread_start: None,
     }

@@ -1,0 +1,151 @@
+//! `stop`, `kill`, `wait`, `pause`, `unpause`: what is done to running containers.
+
+use super::args::{ContainersArgs, KillArgs, StopArgs};
+use super::client::{Client, ProcessId};
+use super::{containers, output, signals};
+use crate::rpc;
+use crate::settings::Settings;
+use crate::state::{Container, State, StateRoot};
+use anyhow::{Context, bail};
+use std::time::Duration;
+use ttrpc::proto::Code;
+
+const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
+/// After a kill the guest's end is a matter of moments.
+const KILL_TAKES: Duration = Duration::from_secs(30);
+
+/// A running container and the connection to whoever serves it.
+struct Running {
+    container: Container,
+    client: Client,
+}
+
+impl Running {
+    fn find(root: &StateRoot, name: &str) -> anyhow::Result<Self> {
+        let container = root.find(name)?;
+        if container.status.state != State::Running {
+            bail!("container {name} is not running");
+        }
+        let client = Client::connect(&container.dir)?;
+        Ok(Self { container, client })
+    }
+
+    fn init(&self) -> ProcessId<'_> {
+        ProcessId::first_of(&self.container.meta.id)
+    }
+
+    /// Sends a signal; one to a process that has just ended is fine.
+    async fn signal(&self, signal: u32) -> anyhow::Result<()> {
+        match self.client.kill(self.init(), signal).await {
+            Err(error) if rpc::parts(&error).0 != Code::NOT_FOUND => {
+                bail!("{}", rpc::parts(&error).1)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until it ended; `false` if it goes on.
+    async fn ends_within(&self, limit: Duration) -> bool {
+        let ended = self.client.wait(self.init());
+        tokio::time::timeout(limit, ended).await.is_ok()
+    }
+}
+
+/// Does the same to each container, prints those it worked for, and fails if it didn't for one.
+async fn for_each(
+    settings: &Settings,
+    names: &[String],
+    act: impl AsyncFn(&StateRoot, &str) -> anyhow::Result<String>,
+) -> anyhow::Result<()> {
+    let root = containers::state(settings)?;
+    let mut failed = Vec::new();
+    for name in names {
+        match act(&root, name).await {
+            Ok(line) => output::write(&format!("{line}\n"))?,
+            Err(error) => failed.push(error),
+        }
+    }
+    let mut failed = failed.into_iter();
+    let Some(first) = failed.next() else {
+        return Ok(());
+    };
+    for error in failed {
+        eprintln!("casemate: {}", rpc::chain(error.as_ref()));
+    }
+    Err(first)
+}
+
+/// `casemate kill`
+pub(super) async fn kill(settings: &Settings, args: &KillArgs) -> anyhow::Result<()> {
+    let signal = signals::parse(&args.signal).context("--signal")?;
+    for_each(settings, &args.containers, async |root, name| {
+        Running::find(root, name)?.signal(signal).await?;
+        Ok(name.to_owned())
+    })
+    .await
+}
+
+/// `casemate stop`
+pub(super) async fn stop(settings: &Settings, args: &StopArgs) -> anyhow::Result<()> {
+    for_each(settings, &args.containers, async |root, name| {
+        // As with Docker, a container that ended already is stopped.
+        if root.find(name)?.status.state != State::Running {
+            return Ok(name.to_owned());
+        }
+        let running = Running::find(root, name)?;
+        let wanted = running.container.meta.stop_signal.as_deref();
+        let signal = wanted
+            .and_then(|s| signals::parse(s).ok())
+            .unwrap_or(SIGTERM);
+        running.signal(signal).await?;
+        if !running
+            .ends_within(Duration::from_secs(args.timeout.into()))
+            .await
+        {
+            running.signal(SIGKILL).await?;
+            if !running.ends_within(KILL_TAKES).await {
+                bail!("container {name} still runs {KILL_TAKES:?} after it was killed");
+            }
+        }
+        Ok(name.to_owned())
+    })
+    .await
+}
+
+/// `casemate wait`
+pub(super) async fn wait(settings: &Settings, args: &ContainersArgs) -> anyhow::Result<()> {
+    for_each(settings, &args.containers, async |root, name| {
+        let container = root.find(name)?;
+        if container.status.state != State::Running {
+            return Ok(container.status.exit_code.to_string());
+        }
+        let running = Running::find(root, name)?;
+        let code = running.client.wait(running.init()).await;
+        let code = code.map_err(|e| anyhow::anyhow!(rpc::parts(&e).1));
+        Ok(code.context("the container's shim is gone")?.to_string())
+    })
+    .await
+}
+
+/// `casemate pause`
+pub(super) async fn pause(settings: &Settings, args: &ContainersArgs) -> anyhow::Result<()> {
+    for_each(settings, &args.containers, async |root, name| {
+        let running = Running::find(root, name)?;
+        let paused = running.client.pause(&running.container.meta.id).await;
+        paused.map_err(|e| anyhow::anyhow!(rpc::parts(&e).1))?;
+        Ok(name.to_owned())
+    })
+    .await
+}
+
+/// `casemate unpause`
+pub(super) async fn unpause(settings: &Settings, args: &ContainersArgs) -> anyhow::Result<()> {
+    for_each(settings, &args.containers, async |root, name| {
+        let running = Running::find(root, name)?;
+        let resumed = running.client.resume(&running.container.meta.id).await;
+        resumed.map_err(|e| anyhow::anyhow!(rpc::parts(&e).1))?;
+        Ok(name.to_owned())
+    })
+    .await
+}
