@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::convert::{Expected, mismatch};
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::progress::Event;
 use crate::reference::parse_reference;
 use crate::registry::{Descriptor, Manifest, Select, parse, select};
@@ -291,7 +291,8 @@ fn docker_images(input: &Input, index: &[u8], options: &LoadOptions) -> Result<V
         what: DOCKER_INDEX.to_owned(),
         reason,
     };
-    let images: Vec<DockerImage> = serde_json::from_slice(index).map_err(|e| bad(e.to_string()))?;
+    let images: Vec<DockerImage> =
+        serde_json::from_slice(index).map_err(|e| bad(printable(e.to_string().as_bytes())))?;
     let mut inputs = Vec::new();
     for image in images {
         let bytes = input.document(&image.config, options.limits.document_bytes)?;
@@ -308,7 +309,7 @@ fn docker_images(input: &Input, index: &[u8], options: &LoadOptions) -> Result<V
             && expected != id
         {
             return Err(mismatch(
-                &format!("configuration {}", image.config),
+                &format!("configuration {}", printable(image.config.as_bytes())),
                 &expected,
                 &id,
             ));

@@ -1,6 +1,7 @@
 //! Tables, JSON lines and templates on standard output; times as people read them.
 
 use super::template::Template;
+use casemate_protocol::text::printable_lines;
 use serde_json::Value;
 use std::io::{self, Write};
 
@@ -28,8 +29,9 @@ pub(super) fn print(
     write(&text)
 }
 
-/// Writes to standard output; a reader that left is no error.
+/// Writes to standard output, without anything that could steer a terminal (JSON stays the same JSON); a reader that left is no error.
 pub(super) fn write(text: &str) -> anyhow::Result<()> {
+    let text = printable_lines(text);
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e.into()),
