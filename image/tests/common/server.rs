@@ -30,8 +30,6 @@ pub enum Fault {
     Drip(u64),
     /// Sends the whole world there.
     Redirect(String),
-    /// Answers with this status, challenge and nothing else.
-    Challenge(String),
 }
 
 #[derive(Default)]
@@ -179,7 +177,8 @@ impl Server {
             std::io::Read::read_exact(&mut reader, &mut form)?;
             if !form.is_empty() {
                 let form = String::from_utf8_lossy(&form).into_owned();
-                self.state.lock().unwrap().asked.push(form);
+                self.state.lock().unwrap().asked.push(form.clone());
+                headers.insert(":form".to_owned(), form);
             }
             if !self.answer(&path, &headers, &mut out)? {
                 return Ok(());
@@ -214,7 +213,7 @@ impl Server {
                 };
                 if path.starts_with("/token")
                     && let Some((token, status, body)) = &state.refresh
-                    && let Some(form) = state.asked.last()
+                    && let Some(form) = headers.get(":form")
                 {
                     let good = form.contains(&format!("refresh_token={token}&"))
                         || form.ends_with(&format!("refresh_token={token}"));
@@ -290,10 +289,6 @@ impl Server {
             Some(Fault::Redirect(address)) => {
                 let location = format!("Location: {address}\r\n");
                 respond(out, 307, &location, b"").map(|()| true)
-            }
-            Some(Fault::Challenge(challenge)) => {
-                let challenge = format!("WWW-Authenticate: {challenge}\r\n");
-                respond(out, 401, &challenge, b"").map(|()| true)
             }
             Some(Fault::Drip(delay)) => {
                 head(out, status, &extra, body.len())?;

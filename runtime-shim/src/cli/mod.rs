@@ -8,6 +8,7 @@ mod containers;
 mod docs;
 mod env;
 mod images;
+mod outfile;
 mod output;
 mod progress;
 mod run;
