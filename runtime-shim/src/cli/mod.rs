@@ -13,6 +13,7 @@ mod images;
 mod initcalls;
 mod kernel_log;
 mod lifecycle;
+mod outfile;
 mod output;
 mod progress;
 mod run;

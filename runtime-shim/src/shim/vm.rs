@@ -351,9 +351,9 @@ fn next_packet(control: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(received.map(|(_, length)| length)?.min(buffer.len()))
 }
 
-/// The last `limit` bytes of a text from outside, lines kept.
+/// The last `limit` bytes of a text from outside as they are shown, lines kept: escapes are longer than what they stand for.
 pub(super) fn printable(text: &str, limit: usize) -> String {
-    printable_lines(tail(text, limit)).into_owned()
+    tail(&printable_lines(tail(text, limit)), limit).to_owned()
 }
 
 #[cfg(test)]
@@ -384,5 +384,6 @@ mod tests {
     fn printable_takes_the_end_and_defuses_escapes() {
         assert_eq!(printable("ab\x1b[2Jc\nd", 100), "ab\\u001b[2Jc\nd");
         assert_eq!(printable("äöü", 3), "ü");
+        assert_eq!(printable(&"\x1b".repeat(50), 60).len(), 60);
     }
 }

@@ -30,8 +30,6 @@ pub(crate) enum Fault {
     Drip(u64),
     /// Sends the whole world there.
     Redirect(String),
-    /// Answers with this status, challenge and nothing else.
-    Challenge(String),
 }
 
 #[derive(Default)]
@@ -121,19 +119,19 @@ impl Server {
     }
 
     /// Gives tokens for this refresh token alone.
-    pub fn protect_by_refresh_token(&self, token: &str) {
+    pub(crate) fn protect_by_refresh_token(&self, token: &str) {
         self.protect("nobody has this", true);
         let answer = br#"{"access_token":"t0ken","expires_in":300}"#;
         self.answer_refresh_token(token, 200, answer);
     }
 
     /// Gives this answer for a refresh token.
-    pub fn answer_refresh_token(&self, token: &str, status: u16, answer: &[u8]) {
+    pub(crate) fn answer_refresh_token(&self, token: &str, status: u16, answer: &[u8]) {
         self.state.lock().unwrap().refresh = Some((token.to_owned(), status, answer.to_vec()));
     }
 
     /// Forms that the token server was sent.
-    pub fn asked(&self) -> Vec<String> {
+    pub(crate) fn asked(&self) -> Vec<String> {
         self.state.lock().unwrap().asked.clone()
     }
 
@@ -177,7 +175,8 @@ impl Server {
             std::io::Read::read_exact(&mut reader, &mut form)?;
             if !form.is_empty() {
                 let form = String::from_utf8_lossy(&form).into_owned();
-                self.state.lock().unwrap().asked.push(form);
+                self.state.lock().unwrap().asked.push(form.clone());
+                headers.insert(":form".to_owned(), form);
             }
             if !self.answer(&path, &headers, &mut out)? {
                 return Ok(());
@@ -212,7 +211,7 @@ impl Server {
                 };
                 if path.starts_with("/token")
                     && let Some((token, status, body)) = &state.refresh
-                    && let Some(form) = state.asked.last()
+                    && let Some(form) = headers.get(":form")
                 {
                     let good = form.contains(&format!("refresh_token={token}&"))
                         || form.ends_with(&format!("refresh_token={token}"));
@@ -288,10 +287,6 @@ impl Server {
             Some(Fault::Redirect(address)) => {
                 let location = format!("Location: {address}\r\n");
                 respond(out, 307, &location, b"").map(|()| true)
-            }
-            Some(Fault::Challenge(challenge)) => {
-                let challenge = format!("WWW-Authenticate: {challenge}\r\n");
-                respond(out, 401, &challenge, b"").map(|()| true)
             }
             Some(Fault::Drip(delay)) => {
                 head(out, status, &extra, body.len())?;
