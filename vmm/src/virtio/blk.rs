@@ -343,6 +343,7 @@ impl Device for Block {
             counters: _,
             interrupt: _,
             capacity_changed: _,
+            volatile: _,
         } = self;
         saved::value(&BlockState {
             id: id.clone(),
