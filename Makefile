@@ -36,7 +36,7 @@ build: kernel binaries ## build everything into build/
 
 kernel: setup
 	@mkdir -p $(SHARE)
-	@install -m 644 "$$(guest-kernel-config/build guest)" $(SHARE)/vmlinux
+	@vmlinux=$$(guest-kernel-config/build guest) && install -m 644 "$$vmlinux" "$${vmlinux%/*}/System.map" $(SHARE)/
 
 binaries: setup
 	@mkdir -p $(BIN) $(LIBEXEC) $(SHARE)
@@ -56,7 +56,7 @@ binaries: setup
 demo: build ## run a real Debian image in a microVM
 	@scripts/demo
 
-test: setup-test lint unit e2e gate ## pass the tests
+test: setup-test lint unit e2e gate fuzz ## pass the tests
 
 lint: setup-test
 	cargo fmt --all --check
@@ -84,7 +84,7 @@ install: ## PREFIX=/usr/local DESTDIR=
 	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin libexec/casemate share/casemate $(MAN) $(BASH) $(ZSH) $(FISH))
 	install -m 755 $(BIN)/casemate $(BIN)/containerd-shim-casemate-v2 $(DESTDIR)$(PREFIX)/bin/
 	install -m 755 $(LIBEXEC)/casemate-vmm $(DESTDIR)$(PREFIX)/libexec/casemate/
-	install -m 644 $(SHARE)/vmlinux $(SHARE)/initrd.cpio $(DESTDIR)$(PREFIX)/share/casemate/
+	install -m 644 $(SHARE)/vmlinux $(SHARE)/System.map $(SHARE)/initrd.cpio $(DESTDIR)$(PREFIX)/share/casemate/
 	install -m 644 $(STAGE)/$(MAN)/casemate*.1 $(DESTDIR)$(PREFIX)/$(MAN)/
 	install -m 644 $(STAGE)/$(BASH)/casemate $(DESTDIR)$(PREFIX)/$(BASH)/
 	install -m 644 $(STAGE)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(ZSH)/

@@ -3,6 +3,7 @@
 //! [`plan`] is a pure function: it opens nothing and asks the host nothing.
 //! It is the only place that decides sizes, disks and mount points.
 
+use crate::shim::timing;
 use crate::size::MIB;
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
@@ -104,6 +105,8 @@ pub struct Plan {
     pub files: Vec<CopiedFile>,
     /// The user as an image's config names it, to be looked up in the container; empty: as in the spec.
     pub user: String,
+    /// More for the guest kernel's command line.
+    pub kernel_args: &'static str,
 }
 
 /// Why a spec can't be run.
@@ -221,6 +224,10 @@ pub fn plan(
         user: annotation(spec, USER_ANNOTATION)
             .unwrap_or_default()
             .to_owned(),
+        kernel_args: match annotation(spec, timing::ANNOTATION) {
+            Some(timing::INITCALLS) => "initcall_debug loglevel=8",
+            _ => "",
+        },
     })
 }
 

@@ -89,6 +89,8 @@ pub(super) enum TimingFormat {
     Table,
     /// For programs
     Json,
+    /// For people, with the guest kernel's initcalls
+    Initcalls,
 }
 
 /// `casemate run`

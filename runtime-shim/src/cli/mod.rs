@@ -10,6 +10,7 @@ mod docs;
 mod env;
 mod exec;
 mod images;
+mod initcalls;
 mod kernel_log;
 mod lifecycle;
 mod output;

@@ -1,10 +1,10 @@
 //! `casemate run`: a container in the foreground.
 
-use super::args::{PullWhen, RunArgs};
+use super::args::{PullWhen, RunArgs, TimingFormat};
 use super::attend::{self, Attached, Fifos, Signals};
 use super::client::{ProcessId, Shim, ShimOptions};
 use super::kernel_log::KernelLog;
-use super::{containers, env, images, spec, terminal, timing};
+use super::{containers, env, images, initcalls, spec, terminal, timing};
 use crate::journal::Taken;
 use crate::plan::{self, Host};
 use crate::rpc;
@@ -127,6 +127,11 @@ async fn start(
     if args.tty && args.interactive && !on_terminal {
         return Err(anyhow::anyhow!("the input device is not a terminal; leave out -t").into());
     }
+    let wants_initcalls = args.timing == Some(TimingFormat::Initcalls);
+    if wants_initcalls && args.kernel_log.is_some() {
+        let clash = "--timing=initcalls reads the kernel's log itself; leave out --kernel-log";
+        return Err(anyhow::anyhow!(clash).into());
+    }
     let resources = checked_resources(settings, args)?;
     let storage = storage_size(settings, args)?;
     let given_env = env::from_user(&args.env_file, &args.env, |name| std::env::var(name).ok())?;
@@ -155,7 +160,12 @@ async fn start(
     let mounts = rootfs_mounts(settings, args, dir, &id, &rootfs, storage)?;
     held.rootfs = Some(rootfs);
     let fifos = Fifos::make(dir.path(), args.interactive, args.tty)?;
+    let initcalls_log = dir.path().join("kernel.log");
     let console = match &args.kernel_log {
+        None if wants_initcalls => Some(&initcalls_log),
+        other => other.as_ref(),
+    };
+    let console = match console {
         Some(path) => {
             let (log, end) = KernelLog::start(path)?;
             held.kernel_log = Some(log);
@@ -193,6 +203,10 @@ async fn start(
         let bytes = std::fs::read(&path).context("the shim told no times")?;
         let timing = serde_json::from_slice(&bytes).context("the shim's times can't be read")?;
         eprint!("{}", timing::render(format, begun, &timing));
+        if wants_initcalls {
+            let report = initcalls::report(&initcalls_log, &settings.kernel).await?;
+            eprint!("\n{report}");
+        }
     }
     Ok((id, streams))
 }

@@ -2,7 +2,7 @@
 //!
 //! A pure function: what it needs of the host comes in [`Given`].
 
-use super::args::RunArgs;
+use super::args::{RunArgs, TimingFormat};
 use super::{caps, env};
 use crate::plan::USER_ANNOTATION;
 use crate::shim::timing;
@@ -281,8 +281,10 @@ pub(super) fn build(
     if !user.is_empty() {
         annotations[USER_ANNOTATION] = user.into();
     }
-    if args.timing.is_some() {
-        annotations[timing::ANNOTATION] = "1".into();
+    match args.timing {
+        Some(TimingFormat::Initcalls) => annotations[timing::ANNOTATION] = timing::INITCALLS.into(),
+        Some(_) => annotations[timing::ANNOTATION] = "1".into(),
+        None => {}
     }
     let namespaces = ["pid", "ipc", "uts", "mount", "cgroup"].map(|n| json!({"type": n}));
     Ok(json!({

@@ -73,7 +73,7 @@ pub(super) fn render(format: TimingFormat, cli_main: u64, timing: &Timing) -> St
                 .collect();
             format!("{}\n", json!({ "casemate_timing_ms": phases }))
         }
-        TimingFormat::Table => {
+        TimingFormat::Table | TimingFormat::Initcalls => {
             let mut out = format!("{:<20}{:>10}\n", "PHASE", "MS");
             for (name, ms) in rows {
                 out.push_str(&format!("{name:<20}{ms:>10.2}\n"));

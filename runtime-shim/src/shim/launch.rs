@@ -157,7 +157,7 @@ impl Sandbox {
             vcpus: plan.vcpus,
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
-            cmdline: String::new(),
+            cmdline: plan.kernel_args.to_owned(),
             disks: disk_configs(plan, &disks, launch.discard),
             nets: Vec::new(),
             vsock: Some(VsockConfig {

@@ -8,6 +8,9 @@ pub const FILE_NAME: &str = "timing.json";
 /// The annotation that asks for it.
 pub const ANNOTATION: &str = "io.casemate.timing";
 
+/// The annotation's value that asks for the kernel's initcalls too, on its console.
+pub const INITCALLS: &str = "initcalls";
+
 /// Host CLOCK_MONOTONIC in ns, but for the `guest_` ones, which are the guest's.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timing {

@@ -6,6 +6,7 @@ mod confined;
 mod exec;
 mod exit_codes;
 mod filesystem;
+mod initcalls;
 mod isolation;
 mod killed;
 mod layers;
