@@ -56,6 +56,7 @@ fn group(name: &str) -> Result<Group> {
         "block" => Group {
             images: &["fio"],
             tools: &["/usr/bin/fio", SCRATCH_TOOLS[0], SCRATCH_TOOLS[1]],
+            limit: 3600,
             ..group
         },
         // Gigabytes take too long by the slower clock, and nothing here is a time.

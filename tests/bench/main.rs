@@ -135,7 +135,12 @@ fn inside(args: &[String]) -> Result<ExitCode> {
         "gate" => inside::starts(&at, samples)?,
         "memory" => memory::figures(&at, samples)?,
         "block" => inside::block(&at, samples)?,
-        "console" => console::figure(&at, &bench.join(host::SCRATCH), 3, 500)?,
+        "console" => console::figure(
+            &at,
+            &bench.join(host::SCRATCH),
+            samples.min(3),
+            samples * 100,
+        )?,
         other => bail!("no group {other:?}"),
     };
     Ok(ExitCode::SUCCESS)
