@@ -113,7 +113,8 @@ class Run:
             return self._attend(qemu)
         finally:
             self._done.set()
-            qemu.kill()
+            # A profile is written at an orderly end.
+            qemu.terminate() if self._options.profile else qemu.kill()
             qemu.wait()
 
     def _attend(self, qemu):
@@ -201,7 +202,7 @@ class Run:
         arguments = [*MACHINE, "-m", str(options.memory), "-kernel", options.kernel, "-device", "virtio-serial-device"]
         self._write_job()
         if options.clock:
-            arguments += [*CLOCK, "-initrd", self._write_initramfs()]
+            arguments += [*self._plugin(), *CLOCK, "-initrd", self._write_initramfs()]
             cmdline += CLOCK_CMDLINE
         else:
             arguments += ["-accel", "tcg,thread=multi,tb-size=512", "-smp", str(options.cpus),
@@ -218,6 +219,14 @@ class Run:
         for number in range(1, 5 if options.stdin else 4):
             arguments += [*self._port(number), "-device", f"virtserialport,nr={number},chardev=port{number}"]
         return arguments
+
+    def _plugin(self):
+        """QEMU's option for a profile, if one is asked for."""
+        if not self._options.profile:
+            return []
+        plugin = os.path.join(self._directory, "profile.so")
+        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", plugin, os.path.join(HERE, "profile.c")], check=True)
+        return ["-plugin", f"{plugin},out={os.path.abspath(self._options.profile)}"]
 
     def _port(self, name):
         ours, theirs = socket.socketpair()

@@ -212,8 +212,22 @@ fn kernel_that_is_none_fails_the_start() {
 }
 
 #[test]
-fn memory_too_small_for_the_kernel_fails_the_start() {
+fn smallest_machine_boots() {
     let machine = Machine::new("off").with(|config| config.memory_mib = 32);
+
+    assert_eq!(machine.start().end().code, exit_code::SHUTDOWN);
+}
+
+#[test]
+fn memory_too_small_for_the_initrd_fails_the_start() {
+    let initrd = file_of(b"");
+    initrd.set_len(32 << 20).expect("a sparse file");
+    let mut machine = Machine::new("off");
+    let initrd = machine.hand(initrd);
+    let machine = machine.with(|config| {
+        config.memory_mib = 32;
+        config.initrd = Some(initrd);
+    });
 
     let end = machine.start().end();
 
