@@ -119,6 +119,15 @@ fn zip_bomb_stops_at_the_configured_limit() {
 }
 
 #[test]
+fn zip_bomb_stops_without_any_configuration() {
+    let host = Host::new();
+    // Four gigabytes out of four megabytes: no honest layer packs so well.
+    load(&host, "zip-bomb").fails().complains_of("layer_ratio");
+    assert!(bytes(&host.data()) < 8 << 20);
+    host.is_clean();
+}
+
+#[test]
 fn layer_of_more_entries_than_allowed_is_refused() {
     let host = Host::new().configured("[image.limits]\nlayer_entries = 500\n");
     load(&host, "museum").fails().complains_of("500");
