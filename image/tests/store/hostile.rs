@@ -203,7 +203,7 @@ fn pull_with_a_helper_on_the_path() {
         std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
         let path = std::env::var("PATH").unwrap();
         let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_pull_with_helper", "--nocapture"])
+            .args(["--exact", "hostile::child_pull_with_helper", "--nocapture"])
             .env("PATH", format!("{}:{path}", data.path().display()))
             .env("DATA", data.path())
             .env(CHILD, &name)
