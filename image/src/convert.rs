@@ -18,8 +18,6 @@ use crate::tar::input_error;
 /// Inflated bytes that travel at once, and how many such buffers there are.
 const BUFFER: usize = 256 * 1024;
 const BUFFERS: usize = 4;
-/// The ratio of a bomb counts from here on: small layers of zeros are common.
-const RATIO_FROM: u64 = 1 << 30;
 
 /// Bytes of a layer that turned out bad which are still read to tell wrong bytes from a bad image.
 const PATIENCE: u64 = 256 << 20;
@@ -220,30 +218,12 @@ impl<R: BufRead> Decoder<'_, R> {
     }
 
     fn check(&self, inflated: u64, expected: &Expected, limits: &Limits) -> Result<()> {
-        let limit = |limit, unit, key| {
-            Err(Error::Limit {
-                what: format!("{} inflates to", expected.what),
-                limit,
-                unit,
-                key,
-            })
-        };
-        if inflated > limits.layer_bytes {
-            return limit(limits.layer_bytes, "bytes", "layer_bytes");
-        }
         let taken = match self {
-            Self::Plain(_) => return Ok(()),
-            Self::Gzip(decoder) => decoder.get_ref().count,
-            Self::Zstd(decoder) => decoder.get_ref().count,
+            Self::Plain(_) => None,
+            Self::Gzip(decoder) => Some(decoder.get_ref().count),
+            Self::Zstd(decoder) => Some(decoder.get_ref().count),
         };
-        if inflated > RATIO_FROM && inflated / taken.max(1) > limits.layer_ratio {
-            return limit(
-                limits.layer_ratio,
-                "times its compressed size",
-                "layer_ratio",
-            );
-        }
-        Ok(())
+        limits.inflated(&expected.what, inflated, taken)
     }
 }
 

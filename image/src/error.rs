@@ -115,6 +115,21 @@ pub enum Error {
         seconds: u64,
     },
 
+    /// The registry keeps us waiting with a byte now and then.
+    #[error(
+        "registry {registry}: too slow: {bytes} bytes in {seconds} s while fetching {what}; check the network, or raise `image.limits.stall_seconds`"
+    )]
+    Slow {
+        /// Host and port.
+        registry: String,
+        /// What was being fetched.
+        what: String,
+        /// How much came.
+        bytes: u64,
+        /// In how long.
+        seconds: u64,
+    },
+
     /// The bytes aren't what their digest promises.
     #[error("{what}: digest mismatch: expected {expected}, got {actual}; nothing was stored")]
     DigestMismatch {
@@ -168,7 +183,7 @@ pub enum Error {
     },
 
     /// A layer's archive is malformed or hostile.
-    #[error("{layer}: entry {entry:?}: {reason}")]
+    #[error("{layer}: entry \"{entry}\": {reason}")]
     BadLayer {
         /// The layer, by digest once it is known.
         layer: String,
@@ -284,12 +299,28 @@ impl Error {
 /// How a layer is called where its digest isn't known.
 pub(crate) const LAYER: &str = "layer";
 
-/// A name from outside, cut to a line and made printable.
-pub(crate) fn printable(name: &[u8]) -> String {
+/// A text from outside, cut to a line and made printable.
+pub(crate) fn printable(text: &[u8]) -> String {
     const SHOWN: usize = 200;
-    let mut text = String::from_utf8_lossy(&name[..name.len().min(SHOWN)]).into_owned();
-    if name.len() > SHOWN {
-        text.push('…');
+    let shown = String::from_utf8_lossy(&text[..text.len().min(SHOWN)]);
+    let mut shown = casemate_protocol::text::printable(&shown).into_owned();
+    if text.len() > SHOWN {
+        shown.push('…');
     }
-    text
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn printable_of_a_hostile_text_is_short_and_inert() {
+        assert_eq!(
+            printable(b"\x1b]0;x\x07\n\xff"),
+            "\\u001b]0;x\\u0007\\u000a\u{fffd}"
+        );
+        let long = printable(&[0x9b; 1000]);
+        assert!(long.ends_with('…') && long.chars().count() == 201);
+    }
 }

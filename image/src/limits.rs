@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
+/// The ratio of a bomb counts from here on: small layers of zeros are common.
+const RATIO_FROM: u64 = 1 << 30;
+
 /// Limits of one pull or load, each with its reason. All are keys of `[image.limits]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -48,5 +53,49 @@ impl Default for Limits {
             parallel_layers: 4,
             allow_absolute_paths: false,
         }
+    }
+}
+
+impl Limits {
+    /// Whether `inflated` bytes may come out of `taken` compressed ones (`None`: of a stream that isn't compressed).
+    pub(crate) fn inflated(&self, what: &str, inflated: u64, taken: Option<u64>) -> Result<()> {
+        let limit = |limit, unit, key| {
+            Err(Error::Limit {
+                what: format!("{what} inflates to"),
+                limit,
+                unit,
+                key,
+            })
+        };
+        if inflated > self.layer_bytes {
+            return limit(self.layer_bytes, "bytes", "layer_bytes");
+        }
+        match taken {
+            Some(taken) if inflated > RATIO_FROM && inflated / taken.max(1) > self.layer_ratio => {
+                limit(self.layer_ratio, "times its compressed size", "layer_ratio")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inflated_bomb_is_refused_from_a_gigabyte_on() {
+        let limits = Limits::default();
+        let key = |inflated, taken| match limits.inflated("x", inflated, taken) {
+            Ok(()) => None,
+            Err(Error::Limit { key, .. }) => Some(key),
+            Err(e) => panic!("{e}"),
+        };
+        assert_eq!(key(1 << 30, Some(1)), None);
+        assert_eq!(key((1 << 30) + 1, Some(1 << 20)), Some("layer_ratio"));
+        assert_eq!(key((1 << 30) + 1, Some(0)), Some("layer_ratio"));
+        assert_eq!(key((1 << 30) + 1, Some(6 << 20)), None);
+        assert_eq!(key(64 << 30, None), None);
+        assert_eq!(key((64 << 30) + 1, None), Some("layer_bytes"));
     }
 }

@@ -13,6 +13,8 @@ mod generated {
 #[cfg(feature = "rpc")]
 pub use generated::{agent, agent_ttrpc};
 
+pub mod text;
+
 /// CID of the host (virtio 1.2, section 5.10.4; `VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;
 

@@ -19,7 +19,7 @@ pub fn parts(error: &ttrpc::Error) -> (Code, String) {
     }
 }
 
-/// The error and its causes on one line.
+/// The error and its causes, fit for a terminal: guests, images and registries have a say in them.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -31,7 +31,7 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         }
         next = cause.source();
     }
-    text
+    casemate_protocol::text::printable_lines(&text).into_owned()
 }
 
 /// A call's context: `None` waits for ever.
@@ -47,4 +47,16 @@ pub fn client(stream: std::os::unix::net::UnixStream) -> io::Result<ttrpc::r#asy
     Ok(ttrpc::r#async::Client::new(
         ttrpc::r#async::transport::Socket::from(stream),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_with_a_hostile_cause_is_printable() {
+        let cause = io::Error::other("registry said \x1b]0;x\x07\u{9b}\u{202e}");
+        let error = io::Error::other(cause);
+        assert_eq!(chain(&error), r"registry said \u001b]0;x\u0007\u009b\u202e");
+    }
 }

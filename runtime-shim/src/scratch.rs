@@ -5,7 +5,7 @@
 //! template where the host's file system can, and is sparse anyway. The file's
 //! length is the hard limit of what the container can write.
 
-use rustix::fs::{Mode, OFlags, SeekFrom};
+use rustix::fs::{FlockOperation, Mode, OFlags, SeekFrom};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -39,6 +39,9 @@ const FORMAT: &[&str] = &[
     "-U",
     "6a5e6a7e-0000-4000-8000-000000000001",
 ];
+
+/// How the directory of a template in the making begins.
+const UNFINISHED: &str = ".new-";
 
 /// Why a scratch disk can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -175,12 +178,35 @@ fn template(data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
         return Ok(path);
     }
     std::fs::create_dir_all(&dir).map_err(io_error("create directory", &dir))?;
-    // Made aside and renamed: of two at once, either wins, and a death leaves no half template.
-    let work = dir.join(format!(".new-{size}-{}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&work);
+    // One at a time, made aside and renamed: a death leaves no half template, and the next one sweeps its work away.
+    let lock_path = dir.join("lock");
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+    let lock = rustix::fs::open(&lock_path, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|e| io_error("open", &lock_path)(e.into()))?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|e| io_error("lock", &lock_path)(e.into()))?;
+    if path.exists() {
+        return Ok(path);
+    }
+    remove_unfinished(&dir);
+    let work = dir.join(format!("{UNFINISHED}{size}"));
     let made = make_template(&work, size, &path);
     let _ = std::fs::remove_dir_all(&work);
     made.map(|()| path)
+}
+
+/// What makers of templates left behind when they died; the caller holds the lock.
+fn remove_unfinished(dir: &Path) {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for entry in entries {
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(UNFINISHED.as_bytes())
+        {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError> {
@@ -268,6 +294,15 @@ mod tests {
             .output()
             .unwrap();
         assert!(check.status.success(), "{check:?}");
+    }
+
+    #[test]
+    fn create_sweeps_away_what_a_killed_maker_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join("templates/.new-4096-77/tree");
+        std::fs::create_dir_all(&left).unwrap();
+        create(dir.path(), MIN_SIZE, &dir.path().join("one.img")).unwrap();
+        assert!(!left.parent().unwrap().exists());
     }
 
     #[test]

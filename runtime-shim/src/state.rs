@@ -218,8 +218,19 @@ impl StateRoot {
                 io::ErrorKind::AlreadyExists.into(),
             ));
         }
-        let lock = new_lock(&path)?;
+        let lock = new_lock(&path).inspect_err(|_| {
+            let _ = std::fs::remove_dir_all(&path);
+        })?;
         let dir = SandboxDir { path, lock };
+        if let Err(error) = self.fill(&dir, meta) {
+            // The first error is the one to tell.
+            let _ = dir.remove();
+            return Err(error);
+        }
+        Ok(dir)
+    }
+
+    fn fill(&self, dir: &SandboxDir, meta: &Meta) -> Result<(), StateError> {
         write_json(&dir.path, "meta.json", meta)?;
         let name_file = self.dir.join(NAMES).join(&meta.name);
         dir.journal()
@@ -228,12 +239,7 @@ impl StateRoot {
                 id: meta.id.clone(),
             })
             .map_err(io_error("write the journal in", &dir.path))?;
-        if let Err(error) = self.claim_name(&name_file, meta) {
-            // The first error is the one to tell.
-            let _ = dir.remove();
-            return Err(error);
-        }
-        Ok(dir)
+        self.claim_name(&name_file, meta)
     }
 
     fn claim_name(&self, file: &Path, meta: &Meta) -> Result<(), StateError> {

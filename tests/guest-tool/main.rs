@@ -20,6 +20,7 @@ fn main() -> ExitCode {
             }
         }
         Some((verb, [])) if verb == "hog" => hog(),
+        Some((verb, [])) if verb == "power-off" => power_off(),
         Some((verb, [length])) if verb == "stream" && length.parse::<u64>().is_ok() => {
             let length = length.parse().unwrap_or(0);
             match casemate_tests::stream::write(length, &mut std::io::stdout().lock()) {
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
             }
         }
         _ => {
-            eprintln!("usage: guest-tool tree ROOT [SKIP…] | stream BYTES | hog");
+            eprintln!("usage: guest-tool tree ROOT [SKIP…] | stream BYTES | hog | power-off");
             ExitCode::from(2)
         }
     }
@@ -41,4 +42,25 @@ fn hog() -> ! {
         hoard.push(vec![1_u8; 1 << 20]);
         std::hint::black_box(&hoard);
     }
+}
+
+/// Turns the machine off by casemate's power port, as the agent does: an initrd may use it.
+#[allow(unsafe_code)] // reason: a port is written by an instruction of its own
+fn power_off() -> ExitCode {
+    const IOPERM: u64 = 173;
+    /// `casemate_protocol::POWER_PORT` and `power::OFF`.
+    const PORT: u16 = 0x600;
+    const OFF: u8 = 1;
+    let result: i64;
+    // SAFETY: ioperm(PORT, 1, 1) touches no memory; the kernel changes rcx and r11 besides the result.
+    unsafe {
+        std::arch::asm!("syscall", inlateout("rax") IOPERM => result, in("rdi") u64::from(PORT), in("rsi") 1_u64,
+            in("rdx") 1_u64, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    if result < 0 {
+        return ExitCode::FAILURE;
+    }
+    // SAFETY: the port is the power device's, or nobody's.
+    unsafe { std::arch::asm!("out dx, al", in("dx") PORT, in("al") OFF, options(nomem, nostack)) };
+    ExitCode::FAILURE
 }

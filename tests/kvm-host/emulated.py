@@ -44,8 +44,8 @@ MACHINE = ["qemu-system-x86_64", "-M", "microvm,pcie=off,rtc=on,isa-serial=on,x-
            "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]  # fmt: skip
 CMDLINE = "console=ttyS0 panic=-1 reboot=t tsc=reliable no_timer_check"
 # TCG lets guests execute XSETBV without telling KVM: every guest then finds XSAVE inconsistent, says so at
-# length and does without. So does the host, then.
-PROCESSOR = "EPYC-Milan,+svm,+npt,-xsave"
+# length (half a virtual ms) and does without. It stays, as other VMMs refuse a host that lacks it.
+PROCESSOR = "EPYC-Milan,+svm,+npt"
 # Without ERMS and FSRM: a `rep movsb` would count as one instruction per byte.
 CLOCK = ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0,sleep=off", "-smp", "1", "-seed", "42",
          "-rtc", "base=2026-01-01T00:00:00,clock=vm", "-cpu", PROCESSOR + ",-erms,-fsrm"]  # fmt: skip

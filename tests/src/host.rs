@@ -22,6 +22,8 @@ const PATIENT: &str = "start_timeout = 120\n";
 pub struct Host {
     dir: TempDir,
     user: Option<u32>,
+    /// Nothing says where state and data are: they are where a user's are.
+    plain: bool,
 }
 
 impl Host {
@@ -31,7 +33,12 @@ impl Host {
         for name in ["state", "data", "home/.config/casemate", "run"] {
             fs::create_dir_all(dir.path().join(name)).expect("the scratch directory is writable");
         }
-        Self { dir, user: None }.configured("")
+        let host = Self {
+            dir,
+            user: None,
+            plain: false,
+        };
+        host.configured("")
     }
 
     /// A host with the fixture images in its store.
@@ -39,6 +46,12 @@ impl Host {
         let host = Self::new();
         copy(&loaded_store(), &host.data());
         host
+    }
+
+    /// The same host with state and data where an ordinary user has them, in an empty store.
+    pub fn in_the_users_places(mut self) -> Self {
+        self.plain = true;
+        self
     }
 
     /// The same host for the user `uid`, who owns all of its directories and nothing else.
@@ -76,12 +89,18 @@ impl Host {
 
     /// Where sandboxes keep their state.
     pub fn state(&self) -> PathBuf {
-        self.dir.path().join("state")
+        let place = if self.plain { "run/casemate" } else { "state" };
+        self.dir.path().join(place)
     }
 
     /// Where the image store and the scratch disks are.
     pub fn data(&self) -> PathBuf {
-        self.dir.path().join("data")
+        let place = if self.plain {
+            "home/.local/share/casemate"
+        } else {
+            "data"
+        };
+        self.dir.path().join(place)
     }
 
     /// `casemate ARGS`, not yet started.
@@ -102,9 +121,12 @@ impl Host {
             )
             .env("HOME", self.dir.path().join("home"))
             .env("XDG_RUNTIME_DIR", self.dir.path().join("run"))
-            .env("CASEMATE_STATE", self.state())
-            .env("CASEMATE_DATA", self.data())
             .current_dir(self.dir.path());
+        if !self.plain {
+            command
+                .env("CASEMATE_STATE", self.state())
+                .env("CASEMATE_DATA", self.data());
+        }
         if let Some(uid) = self.user {
             command.uid(uid).gid(uid);
         }

@@ -26,6 +26,8 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
             .collect();
         found.extend(sandboxes(state));
         found.extend(disks(&data.join("scratch")));
+        found.extend(mounts(dir));
+        found.extend(cgroups(Path::new("/sys/fs/cgroup")));
         if found.is_empty() || Instant::now() > deadline {
             return found;
         }
@@ -62,6 +64,23 @@ fn disks(scratch: &Path) -> Vec<String> {
             path if path.is_dir() => disks(&path),
             path => vec![path.display().to_string()],
         })
+        .collect()
+}
+
+/// Mounts below the host's directories, but for those that are the test's own disks.
+fn mounts(dir: &Path) -> Vec<String> {
+    let below = |line: &&str| line.contains(&*dir.to_string_lossy()) && !line.starts_with("small ");
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mounts.lines().filter(below).map(str::to_owned).collect()
+}
+
+/// Control groups of ours, which has none on the host.
+fn cgroups(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir() && path.to_string_lossy().contains("casemate"))
+        .map(|path| path.display().to_string())
         .collect()
 }
 

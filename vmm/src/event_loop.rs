@@ -200,11 +200,8 @@ impl EventLoop {
         for loss in &losses {
             eprintln!("casemate-vmm: {loss}");
         }
-        let orderly = matches!(outcome.code, exit_code::SHUTDOWN | exit_code::STOPPED);
-        let guest_log = match orderly {
-            true => String::new(),
-            false => guest_log::tail(&self.vm.memory),
-        };
+        // Whatever the end: a guest that was stopped may have been silent for a reason.
+        let guest_log = guest_log::tail(&self.vm.memory);
         if outcome.code == exit_code::KVM_FAILED {
             outcome.reason += "; `casemate check` tells whether this host runs normal guests";
         }

@@ -26,12 +26,25 @@ pub fn parameters(memory: &GuestMemory) -> String {
 
 /// The log's last lines, at most [`MAX_TAIL`] bytes; empty if there is none.
 pub fn tail(memory: &GuestMemory) -> String {
-    let mut zone = vec![0; LOG_SIZE as usize];
     let start = GuestAddress(memory.map().log_start());
-    match memory.mmap().read_slice(&mut zone, start) {
-        Ok(()) => escape(&ring(&zone)),
-        Err(_) => String::new(),
-    }
+    let read = |length: usize| {
+        let mut bytes = vec![0; length];
+        let read = memory.mmap().read_slice(&mut bytes, start);
+        read.is_ok().then_some(bytes)
+    };
+    // Only what was written: a quiet guest's log costs next to nothing.
+    let zone = read(HEADER).and_then(|header| read(HEADER + used(&header)));
+    zone.map_or_else(String::new, |zone| escape(&ring(&zone)))
+}
+
+/// Bytes that the header says are written, as far as the zone goes.
+fn used(header: &[u8]) -> usize {
+    word(header, 8).min(LOG_SIZE as usize - HEADER)
+}
+
+/// The header's number at `at`.
+fn word(header: &[u8], at: usize) -> usize {
+    u32::from_le_bytes([0, 1, 2, 3].map(|i| header[at + i])) as usize
 }
 
 /// Whether the kernel itself said that it gave up.
@@ -49,9 +62,8 @@ fn ring(zone: &[u8]) -> Vec<u8> {
     let Some((header, data)) = zone.split_at_checked(HEADER) else {
         return Vec::new();
     };
-    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| header[at + i]));
-    let (start, size) = (word(4) as usize, word(8) as usize);
-    if word(0) != SIGNATURE || start > size || size > data.len() {
+    let (start, size) = (word(header, 4), word(header, 8));
+    if word(header, 0) != SIGNATURE as usize || start > size || size > data.len() {
         return Vec::new();
     }
     [&data[start..size], &data[..start]].concat()
@@ -130,6 +142,18 @@ mod tests {
         let tail = escape(log.as_bytes());
 
         assert!(tail.len() <= MAX_TAIL && tail.starts_with("0123456789\n"));
+    }
+
+    #[test]
+    fn tail_is_what_was_written_and_no_more() {
+        let memory = GuestMemory::allocate(32).expect("memory");
+        let start = GuestAddress(memory.map().log_start());
+        let write = |bytes: &[u8]| memory.mmap().write_slice(bytes, start).expect("the zone");
+
+        write(&zone(9, 9, b"last wordand more"));
+        assert_eq!(tail(&memory), "last word");
+        write(&zone(0, u32::MAX, b""));
+        assert_eq!(tail(&memory), "");
     }
 
     #[test]

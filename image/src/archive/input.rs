@@ -77,7 +77,7 @@ impl Input {
             let place = match entry.kind {
                 Kind::Regular if entry.sparse.is_some() => {
                     return Err(bad(format!(
-                        "{:?} is a sparse file",
+                        "\"{}\" is a sparse file",
                         printable(&entry.name)
                     )));
                 }
@@ -115,7 +115,7 @@ impl Input {
             } = place
                 && offset.checked_add(*length).is_none_or(|end| end > size)
             {
-                let detail = format!("{:?} isn't whole", printable(name));
+                let detail = format!("\"{}\" isn't whole", printable(name));
                 return Err(Error::Truncated {
                     what: what.display().to_string(),
                     detail,
@@ -174,7 +174,7 @@ impl Input {
         let size = part.left;
         if size > limit {
             return Err(Error::Limit {
-                what: name.to_owned(),
+                what: printable(name.as_bytes()),
                 limit,
                 unit: "bytes",
                 key: "document_bytes",

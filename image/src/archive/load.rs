@@ -1,5 +1,6 @@
 //! Images into the store.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufReader, Read, Write as _};
 use std::path::Path;
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::convert::{Expected, mismatch};
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::progress::Event;
 use crate::reference::parse_reference;
 use crate::registry::{Descriptor, Manifest, Select, parse, select};
@@ -220,22 +221,32 @@ impl Store {
         options: &LoadOptions,
     ) -> Result<crate::store::Partial> {
         let mut spool = self.spool_file()?;
-        let mut reader = BufReader::with_capacity(256 * 1024, reader);
+        let taken = Cell::new(0);
+        let counted = Taken {
+            reader,
+            count: &taken,
+        };
+        let mut reader = BufReader::with_capacity(256 * 1024, counted);
         let failed = |e| Error::io("cannot read", what, e);
         let start = std::io::BufRead::fill_buf(&mut reader).map_err(failed)?;
-        let mut inflated: Box<dyn Read + '_> = if start.starts_with(&[0x1f, 0x8b]) {
+        let gzip = start.starts_with(&[0x1f, 0x8b]);
+        let zstd = start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
+        let mut inflated: Box<dyn Read + '_> = if gzip {
             Box::new(flate2::bufread::MultiGzDecoder::new(reader))
-        } else if start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+        } else if zstd {
             Box::new(zstd::Decoder::with_buffer(reader).map_err(failed)?)
         } else {
             Box::new(reader)
         };
-        let limit = options.limits.layer_bytes;
         let mut total = 0;
+        let mut checked = 0;
         let mut buffer = vec![0; 256 * 1024];
         loop {
             let count = match inflated.read(&mut buffer) {
-                Ok(0) => return Ok(spool),
+                Ok(0) => {
+                    drop(inflated);
+                    return Ok(spool);
+                }
                 Ok(count) => count,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(e) => {
@@ -246,13 +257,11 @@ impl Store {
                 }
             };
             total += count as u64;
-            if total > limit {
-                return Err(Error::Limit {
-                    what: what.to_owned(),
-                    limit,
-                    unit: "bytes",
-                    key: "layer_bytes",
-                });
+            let compressed = (gzip || zstd).then(|| taken.get());
+            options.limits.inflated(what, total, compressed)?;
+            if total - checked >= ROOM_EVERY {
+                checked = total;
+                leaves_room(&spool)?;
             }
             let path = spool.path.clone();
             spool
@@ -260,6 +269,38 @@ impl Store {
                 .write_all(&buffer[..count])
                 .map_err(|e| Error::io("cannot write", path, e))?;
         }
+    }
+}
+
+/// How often the disk is looked at while an archive is spooled.
+const ROOM_EVERY: u64 = 4 << 20;
+/// An archive is there twice for a while (as it came and as layers): spooling it must not take the disk's last bytes from others.
+const ROOM_LEFT: u64 = 256 << 20;
+
+/// Whether the disk still has a fiftieth of itself, or enough; the spool goes on only then.
+fn leaves_room(spool: &crate::store::Partial) -> Result<()> {
+    let disk = rustix::fs::fstatvfs(&spool.file)
+        .map_err(|e| Error::io("cannot look at the disk of", &spool.path, e.into()))?;
+    let bytes = |blocks: u64| blocks.saturating_mul(disk.f_frsize);
+    if bytes(disk.f_bavail) < ROOM_LEFT.min(bytes(disk.f_blocks) / 50) {
+        return Err(Error::DiskFull {
+            path: spool.path.clone(),
+        });
+    }
+    Ok(())
+}
+
+/// Counts what was read.
+struct Taken<'a, R> {
+    reader: R,
+    count: &'a Cell<u64>,
+}
+
+impl<R: Read> Read for Taken<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.reader.read(buffer)?;
+        self.count.set(self.count.get() + count as u64);
+        Ok(count)
     }
 }
 
@@ -291,7 +332,8 @@ fn docker_images(input: &Input, index: &[u8], options: &LoadOptions) -> Result<V
         what: DOCKER_INDEX.to_owned(),
         reason,
     };
-    let images: Vec<DockerImage> = serde_json::from_slice(index).map_err(|e| bad(e.to_string()))?;
+    let images: Vec<DockerImage> =
+        serde_json::from_slice(index).map_err(|e| bad(printable(e.to_string().as_bytes())))?;
     let mut inputs = Vec::new();
     for image in images {
         let bytes = input.document(&image.config, options.limits.document_bytes)?;
@@ -308,7 +350,7 @@ fn docker_images(input: &Input, index: &[u8], options: &LoadOptions) -> Result<V
             && expected != id
         {
             return Err(mismatch(
-                &format!("configuration {}", image.config),
+                &format!("configuration {}", printable(image.config.as_bytes())),
                 &expected,
                 &id,
             ));

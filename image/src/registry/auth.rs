@@ -2,17 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
-use oci_client::secrets::RegistryAuth;
 use serde::Deserialize;
-use tokio::io::AsyncWriteExt as _;
 
 use crate::error::{Error, Result};
 
-/// A helper may ask a keyring, but not for ever.
-const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
+use super::helper;
+
 /// The key under which Docker keeps its own registry.
 const DOCKER_KEYS: [&str; 4] = [
     "https://index.docker.io/v1/",
@@ -43,12 +39,26 @@ struct AuthEntry {
     registry_token: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct HelperAnswer {
-    #[serde(rename = "Username")]
-    username: String,
-    #[serde(rename = "Secret")]
-    secret: String,
+/// What to answer a registry's challenge with.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Credentials {
+    Anonymous,
+    Basic(String, String),
+    /// An identity token: the token server gives access tokens for it.
+    Refresh(String),
+    /// A token for the registry itself, as it is.
+    Bearer(String),
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Anonymous => "Anonymous",
+            Self::Basic(..) => "Basic(…)",
+            Self::Refresh(_) => "Refresh(…)",
+            Self::Bearer(_) => "Bearer(…)",
+        })
+    }
 }
 
 /// Credentials for `repository` on `registry`; anonymous where no file has any.
@@ -56,7 +66,7 @@ pub(super) async fn credentials(
     registry: &str,
     repository: &str,
     file: Option<&Path>,
-) -> Result<RegistryAuth> {
+) -> Result<Credentials> {
     let files = match file {
         Some(file) => vec![file.to_owned()],
         None => usual_files(),
@@ -67,15 +77,16 @@ pub(super) async fn credentials(
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => continue,
             Err(e) => return Err(Error::io("cannot read credentials", &path, e)),
         };
+        // The parser's words may quote a password; its place in the file tells enough.
         let parsed: AuthFile = serde_json::from_slice(&bytes).map_err(|e| Error::Credentials {
             registry: registry.to_owned(),
-            message: format!("{} is malformed: {e}", path.display()),
+            message: format!("{} is malformed at line {}", path.display(), e.line()),
         })?;
         if let Some(found) = parsed.find(registry, repository).await? {
             return Ok(found);
         }
     }
-    Ok(RegistryAuth::Anonymous)
+    Ok(Credentials::Anonymous)
 }
 
 /// Podman's places, then Docker's.
@@ -127,12 +138,12 @@ fn keys(registry: &str, repository: &str) -> Vec<String> {
 }
 
 impl AuthFile {
-    async fn find(&self, registry: &str, repository: &str) -> Result<Option<RegistryAuth>> {
+    async fn find(&self, registry: &str, repository: &str) -> Result<Option<Credentials>> {
         let keys = keys(registry, repository);
         if let Some((key, helper)) = keys
             .iter()
             .find_map(|key| Some((key, self.helpers.get(key)?)))
-            && let Some(found) = ask_helper(helper, key, registry).await?
+            && let Some(found) = helper::ask(helper, key, registry).await?
         {
             return Ok(Some(found));
         }
@@ -155,23 +166,23 @@ impl AuthFile {
         } else {
             registry
         };
-        ask_helper(store, key, registry).await
+        helper::ask(store, key, registry).await
     }
 }
 
 impl AuthEntry {
-    fn credentials(&self, registry: &str) -> Result<Option<RegistryAuth>> {
-        if let Some(token) = [&self.registry_token, &self.identity_token]
-            .into_iter()
-            .flatten()
-            .find(|t| !t.is_empty())
-        {
-            return Ok(Some(RegistryAuth::Bearer(token.clone())));
+    fn credentials(&self, registry: &str) -> Result<Option<Credentials>> {
+        let given = |token: &Option<String>| token.clone().filter(|token| !token.is_empty());
+        if let Some(token) = given(&self.registry_token) {
+            return Ok(Some(Credentials::Bearer(token)));
+        }
+        if let Some(token) = given(&self.identity_token) {
+            return Ok(Some(Credentials::Refresh(token)));
         }
         if let (Some(user), Some(password)) = (&self.username, &self.password)
             && !user.is_empty()
         {
-            return Ok(Some(RegistryAuth::Basic(user.clone(), password.clone())));
+            return Ok(Some(Credentials::Basic(user.clone(), password.clone())));
         }
         // With a credential store the entry is there but empty.
         let Some(encoded) = self.auth.as_ref().filter(|encoded| !encoded.is_empty()) else {
@@ -184,74 +195,18 @@ impl AuthEntry {
             registry: registry.to_owned(),
             message: "the auth file's entry is not base 64 of USER:PASSWORD; log in again".into(),
         })?;
-        Ok(Some(RegistryAuth::Basic(
+        Ok(Some(Credentials::Basic(
             user.to_owned(),
             password.trim_end_matches('\0').to_owned(),
         )))
     }
 }
 
-/// Runs `docker-credential-HELPER get`. `None`: it has nothing for this registry.
-async fn ask_helper(helper: &str, key: &str, registry: &str) -> Result<Option<RegistryAuth>> {
-    let failed = |message: String| Error::Credentials {
-        registry: registry.to_owned(),
-        message,
-    };
-    if !helper
-        .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-    {
-        return Err(failed(format!(
-            "{helper:?} is not the name of a credential helper"
-        )));
-    }
-    let program = format!("docker-credential-{helper}");
-    let mut child = tokio::process::Command::new(&program)
-        .arg("get")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|e| failed(format!("cannot run {program}: {e}")))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A helper that doesn't read fails on its own.
-        let _ = stdin.write_all(key.as_bytes()).await;
-    }
-    let output = tokio::time::timeout(HELPER_TIMEOUT, child.wait_with_output())
-        .await
-        .map_err(|_| {
-            failed(format!(
-                "{program} didn't answer within {} s",
-                HELPER_TIMEOUT.as_secs()
-            ))
-        })?
-        .map_err(|e| failed(format!("{program}: {e}")))?;
-    if !output.status.success() {
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said);
-        if said.contains("credentials not found") {
-            return Ok(None);
-        }
-        return Err(failed(format!(
-            "{program}: {}: {}",
-            output.status,
-            said.trim()
-        )));
-    }
-    let answer: HelperAnswer = serde_json::from_slice(&output.stdout)
-        .map_err(|e| failed(format!("{program} said no JSON: {e}")))?;
-    Ok(Some(match answer.username.as_str() {
-        "" | "<token>" => RegistryAuth::Bearer(answer.secret),
-        _ => RegistryAuth::Basic(answer.username, answer.secret),
-    }))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    async fn find(json: &str, registry: &str, repository: &str) -> Result<Option<RegistryAuth>> {
+    async fn find(json: &str, registry: &str, repository: &str) -> Result<Option<Credentials>> {
         serde_json::from_str::<AuthFile>(json)
             .unwrap()
             .find(registry, repository)
@@ -262,9 +217,9 @@ mod tests {
     async fn auths_most_specific_key_wins() {
         let json = r#"{"auths":{"r.io":{"auth":"YTpi"},"r.io/team":{"auth":"Yzpk"}}}"#;
         let found = find(json, "r.io", "team/app").await.unwrap().unwrap();
-        assert!(found == RegistryAuth::Basic("c".into(), "d".into()));
+        assert!(found == Credentials::Basic("c".into(), "d".into()));
         let found = find(json, "r.io", "other").await.unwrap().unwrap();
-        assert!(found == RegistryAuth::Basic("a".into(), "b".into()));
+        assert!(found == Credentials::Basic("a".into(), "b".into()));
         assert!(find(json, "other.io", "x").await.unwrap().is_none());
     }
 
@@ -284,6 +239,34 @@ mod tests {
         let json = r#"{"auths":{"r.io":{"auth":"c2VjcmV0"}}}"#;
         let error = find(json, "r.io", "x").await.unwrap_err().to_string();
         assert!(!error.contains("c2VjcmV0") && error.contains("r.io"));
+    }
+
+    #[tokio::test]
+    async fn auths_tokens_are_told_apart() {
+        for (json, expected) in [
+            (
+                r#"{"auths":{"r.io":{"auth":"YTo=","identitytoken":"t"}}}"#,
+                Credentials::Refresh("t".into()),
+            ),
+            (
+                r#"{"auths":{"r.io":{"registrytoken":"t","identitytoken":""}}}"#,
+                Credentials::Bearer("t".into()),
+            ),
+        ] {
+            assert!(find(json, "r.io", "x").await.unwrap() == Some(expected));
+        }
+    }
+
+    #[tokio::test]
+    async fn credentials_of_a_malformed_file_is_an_error_without_the_secret() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), r#"{"auths":{"r.io":"s3cret"}}"#).unwrap();
+        let error = credentials("r.io", "x", Some(file.path())).await;
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("line 1") && !error.contains("s3cret"),
+            "{error}"
+        );
     }
 
     #[tokio::test]

@@ -1,26 +1,27 @@
 //! One registry, or one mirror of it: manifests, documents and blob streams, with retries.
+//!
+//! Everything a registry or token server says is bounded in size, in silence and in slowness, error messages included.
 
 use std::net::IpAddr;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
-use oci_client::client::{
-    BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol,
-};
-use oci_client::errors::{OciDistributionError, OciErrorCode};
-use oci_client::manifest::OciDescriptor;
-use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, Reference, RegistryOperation};
+use oci_spec::distribution::Reference;
+use reqwest::header::{ACCEPT, RANGE};
+use reqwest::{RequestBuilder, Response, StatusCode, Url};
+use serde::Deserialize;
 use tokio::sync::mpsc::Sender;
 
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::limits::Limits;
 use crate::progress::{Event, Progress};
 
-use super::auth::credentials;
+use super::auth::{Credentials, credentials};
 use super::config::RegistryConfig;
+use super::pace::Pace;
+use super::token::{self, Access, Challenge};
 
 /// The first retry's delay; it doubles up to the second.
 const DELAY: Duration = Duration::from_millis(300);
@@ -31,16 +32,37 @@ const USER_AGENT: &str = concat!("casemate/", env!("CARGO_PKG_VERSION"));
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
 
+/// What the errors of a manifest are told from others by: an unknown one means an unknown image.
+const MANIFEST: &str = "the manifest";
+const CONFIGURATION: &str = "the configuration";
+/// Error messages and tokens.
+const ANSWER_MAX: u64 = 64 << 10;
+
 /// A host to ask for one repository.
 pub(crate) struct Endpoint {
-    client: Client,
-    /// For what oci-client has no bound on.
     http: reqwest::Client,
-    base: String,
+    /// The repository's address.
+    base: Url,
     reference: Reference,
     host: String,
-    auth: RegistryAuth,
+    credentials: Credentials,
+    /// What the last answered challenge gave.
+    access: Mutex<Option<Access>>,
     limits: Limits,
+}
+
+/// The error document of the distribution specification.
+#[derive(Deserialize)]
+struct ErrorDocument {
+    errors: Vec<ErrorEntry>,
+}
+
+#[derive(Deserialize)]
+struct ErrorEntry {
+    #[serde(default)]
+    code: String,
+    #[serde(default)]
+    message: String,
 }
 
 /// A failure and whether another try may help.
@@ -107,15 +129,6 @@ impl Endpoint {
         let plain = plain
             .or(settings.plain_http)
             .unwrap_or_else(|| is_loopback(&host));
-        let mut certificates = Vec::new();
-        for path in &settings.ca_files {
-            let data =
-                std::fs::read(path).map_err(|e| Error::io("cannot read certificate", path, e))?;
-            certificates.push(Certificate {
-                encoding: CertificateEncoding::Pem,
-                data,
-            });
-        }
         let failed = |message: String, source: Option<Box<dyn std::error::Error + Send + Sync>>| {
             Error::Registry {
                 registry: host.clone(),
@@ -129,8 +142,10 @@ impl Endpoint {
         let connect_timeout = Duration::from_secs(limits.connect_seconds);
         let mut http = reqwest::Client::builder().user_agent(USER_AGENT);
         http = http.read_timeout(timeout).connect_timeout(connect_timeout);
-        for certificate in &certificates {
-            let parsed = reqwest::Certificate::from_pem(&certificate.data).map_err(|e| {
+        for path in &settings.ca_files {
+            let data =
+                std::fs::read(path).map_err(|e| Error::io("cannot read certificate", path, e))?;
+            let parsed = reqwest::Certificate::from_pem(&data).map_err(|e| {
                 failed(
                     "a certificate of ca_files is malformed".into(),
                     Some(e.into()),
@@ -141,30 +156,26 @@ impl Endpoint {
         let http = http
             .build()
             .map_err(|e| failed("cannot set up TLS".into(), Some(e.into())))?;
-        let client = Client::try_from(ClientConfig {
-            protocol: if plain {
-                ClientProtocol::Http
-            } else {
-                ClientProtocol::Https
-            },
-            extra_root_certificates: certificates,
-            read_timeout: Some(timeout),
-            connect_timeout: Some(connect_timeout),
-            user_agent: USER_AGENT,
-            ..ClientConfig::default()
-        })
-        .map_err(|e| failed("cannot set up TLS".into(), Some(e.into())))?;
-        let auth = credentials(name, reference.repository(), auth_file).await?;
-        client.store_auth_if_needed(&host, &auth).await;
         let scheme = if plain { "http" } else { "https" };
         let base = format!("{scheme}://{host}/v2/{}", reference.repository());
+        let mut base = Url::parse(&base)
+            .map_err(|e| failed("its name gives no address".into(), Some(e.into())))?;
+        // A mirror of several registries is told which one is meant, as containerd does.
+        if let Some(namespace) = reference.namespace() {
+            base.query_pairs_mut().append_pair("ns", namespace);
+        }
+        let credentials = credentials(name, reference.repository(), auth_file).await?;
+        let access = match &credentials {
+            Credentials::Bearer(token) => Some(Access::Bearer(token.clone())),
+            _ => None,
+        };
         Ok(Self {
-            client,
             http,
             base,
             reference,
             host,
-            auth,
+            credentials,
+            access: Mutex::new(access),
             limits: limits.clone(),
         })
     }
@@ -180,51 +191,19 @@ impl Endpoint {
         tag_or_digest: &str,
         progress: &dyn Progress,
     ) -> Result<(Bytes, Digest)> {
-        self.retry("the manifest", progress, || {
-            self.manifest_once(tag_or_digest)
-        })
-        .await
+        self.retry(MANIFEST, progress, || self.manifest_once(tag_or_digest))
+            .await
     }
 
     async fn manifest_once(&self, tag_or_digest: &str) -> Result<(Bytes, Digest), Failure> {
-        let token = self
-            .client
-            .auth(&self.reference, &self.auth, RegistryOperation::Pull)
-            .await
-            .map_err(|e| self.failure(e, "the manifest"))?;
-        // A mirror of several registries is told which one is meant, as containerd does.
-        let namespace = self
-            .reference
-            .namespace()
-            .map(|name| format!("?ns={name}"))
-            .unwrap_or_default();
-        let url = format!("{}/manifests/{tag_or_digest}{namespace}", self.base);
-        let mut request = self.http.get(url).header("Accept", MANIFEST_TYPES);
-        request = match (&token, &self.auth) {
-            (Some(token), _) => request.bearer_auth(token),
-            (None, RegistryAuth::Basic(user, password)) => request.basic_auth(user, Some(password)),
-            (None, RegistryAuth::Bearer(token)) => request.bearer_auth(token),
-            (None, RegistryAuth::Anonymous) => request,
-        };
-        let response = request
-            .send()
-            .await
-            .map_err(|e| self.failure(e.into(), "the manifest"))?;
-        let status = response.status().as_u16();
-        if status != 200 {
-            let body = self
-                .bounded(response.bytes_stream(), 64 << 10, "the manifest")
-                .await
-                .unwrap_or_default();
-            return Err(self.status(status, String::from_utf8_lossy(&body).trim()));
+        let path = format!("manifests/{tag_or_digest}");
+        let response = self.get(&path, MANIFEST, |r| r.header(ACCEPT, MANIFEST_TYPES));
+        let response = response.await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.refusal(response, MANIFEST).await);
         }
-        let body = self
-            .bounded(
-                response.bytes_stream(),
-                self.limits.document_bytes,
-                "the manifest",
-            )
-            .await?;
+        let limit = self.limits.document_bytes;
+        let body = self.body(response, limit, MANIFEST).await?;
         let actual = Digest::of(&body);
         if tag_or_digest.contains(':') && tag_or_digest != actual.to_string() {
             return Err(Failure::from(Error::DigestMismatch {
@@ -244,12 +223,10 @@ impl Endpoint {
         progress: &dyn Progress,
     ) -> Result<Bytes> {
         if size > self.limits.document_bytes {
-            return Err(self.too_large("the configuration"));
+            return Err(self.too_large(CONFIGURATION, self.limits.document_bytes));
         }
         let body = self
-            .retry("the configuration", progress, || {
-                self.document_once(digest, size)
-            })
+            .retry(CONFIGURATION, progress, || self.document_once(digest))
             .await?;
         let actual = Digest::of(&body);
         if actual != *digest {
@@ -262,9 +239,9 @@ impl Endpoint {
         Ok(body)
     }
 
-    async fn document_once(&self, digest: &Digest, size: u64) -> Result<Bytes, Failure> {
-        let (_, stream) = self.open(digest, size, 0, "the configuration").await?;
-        self.bounded(stream, self.limits.document_bytes, "the configuration")
+    async fn document_once(&self, digest: &Digest) -> Result<Bytes, Failure> {
+        let (_, response) = self.open(digest, 0, CONFIGURATION).await?;
+        self.body(response, self.limits.document_bytes, CONFIGURATION)
             .await
     }
 
@@ -280,10 +257,12 @@ impl Endpoint {
         let what = format!("layer {digest}");
         let mut offset = 0;
         let mut tries = 0;
+        // One measure for all tries: a byte in each of many must not do.
+        let mut pace = Pace::layer(self.stall());
         loop {
             let before = offset;
             let failure = match self
-                .blob_from(digest, size, &mut offset, &what, &pieces, received)
+                .blob_from(digest, size, &mut offset, &mut pace, &pieces, received)
                 .await
             {
                 Ok(()) => return,
@@ -304,13 +283,17 @@ impl Endpoint {
         digest: &Digest,
         size: u64,
         offset: &mut u64,
-        what: &str,
+        pace: &mut Pace,
         pieces: &Sender<Result<Bytes>>,
         received: &(dyn Fn(u64) + Sync),
     ) -> Result<(), Failure> {
-        let (start, mut stream) = self.open(digest, size, *offset, what).await?;
+        let what = &format!("layer {digest}");
+        let begun = Instant::now();
+        let opened = self.open(digest, *offset, what).await;
+        self.keep_up(pace, begun, 0, what)?;
+        let (start, mut response) = opened?;
         let mut skip = *offset - start;
-        while let Some(piece) = self.next(&mut stream, what).await? {
+        while let Some(piece) = self.next(&mut response, pace, what).await? {
             let skipped = skip.min(piece.len() as u64);
             skip -= skipped;
             let piece = piece.slice(skipped as usize..);
@@ -341,58 +324,174 @@ impl Endpoint {
     async fn open(
         &self,
         digest: &Digest,
-        size: u64,
         offset: u64,
         what: &str,
-    ) -> Result<
-        (
-            u64,
-            futures_util::stream::BoxStream<'static, std::io::Result<Bytes>>,
-        ),
-        Failure,
-    > {
-        let descriptor = OciDescriptor {
-            digest: digest.to_string(),
-            size: size.cast_signed(),
-            ..OciDescriptor::default()
+    ) -> Result<(u64, Response), Failure> {
+        let ranged = |request: RequestBuilder| match offset {
+            0 => request,
+            _ => request.header(RANGE, format!("bytes={offset}-")),
         };
-        // Asked for in part, even from the start: then the client doesn't hash what we hash anyway.
-        let response =
-            self.client
-                .pull_blob_stream_partial(&self.reference, &descriptor, offset, None);
-        let stall = Duration::from_secs(self.limits.stall_seconds + self.limits.connect_seconds);
-        let response = tokio::time::timeout(stall, response)
-            .await
-            .map_err(|_| self.stalled(what))?;
-        match response.map_err(|e| self.failure(e, what))? {
-            BlobResponse::Partial(stream) => Ok((offset, stream.stream)),
-            BlobResponse::Full(stream) => Ok((0, stream.stream)),
+        let response = self.get(&format!("blobs/{digest}"), what, ranged).await?;
+        match response.status() {
+            StatusCode::OK => Ok((0, response)),
+            StatusCode::PARTIAL_CONTENT => Ok((offset, response)),
+            _ => Err(self.refusal(response, what).await),
         }
     }
 
-    async fn next<E: Into<OciDistributionError>>(
+    /// Asks the repository; a challenge is answered once.
+    async fn get(
         &self,
-        stream: &mut (impl futures_util::Stream<Item = Result<Bytes, E>> + Unpin),
+        path: &str,
         what: &str,
-    ) -> Result<Option<Bytes>, Failure> {
-        let stall = Duration::from_secs(self.limits.stall_seconds);
-        let piece = tokio::time::timeout(stall, stream.next())
-            .await
-            .map_err(|_| self.stalled(what))?;
-        piece.transpose().map_err(|e| self.failure(e.into(), what))
+        prepare: impl Fn(RequestBuilder) -> RequestBuilder,
+    ) -> Result<Response, Failure> {
+        let mut url = self.base.clone();
+        url.set_path(&format!("{}/{path}", self.base.path()));
+        let mut access = self.lock_access().clone();
+        let mut answered = false;
+        loop {
+            let request = prepare(self.http.get(url.clone()));
+            let request = match &access {
+                Some(Access::Basic(user, password)) => request.basic_auth(user, Some(password)),
+                Some(Access::Bearer(token)) => request.bearer_auth(token),
+                None => request,
+            };
+            let response = self.send(request, what).await?;
+            // Whoever the registry sends us on to may not ask for our credentials.
+            let ours = response.url().origin() == self.base.origin();
+            if answered || !ours || response.status() != StatusCode::UNAUTHORIZED {
+                return Ok(response);
+            }
+            answered = true;
+            let Some(fresh) = self.answer(&response).await? else {
+                return Ok(response);
+            };
+            *self.lock_access() = Some(fresh.clone());
+            access = Some(fresh);
+        }
     }
 
-    async fn bounded<E: Into<OciDistributionError>>(
+    fn lock_access(&self) -> std::sync::MutexGuard<'_, Option<Access>> {
+        self.access.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a challenge wants, if we have it.
+    async fn answer(&self, response: &Response) -> Result<Option<Access>, Failure> {
+        let (realm, service) = match (token::challenge(response.headers()), &self.credentials) {
+            // It was sent and is refused.
+            (None, _) | (_, Credentials::Bearer(_)) => return Ok(None),
+            (Some(Challenge::Basic), Credentials::Basic(user, password)) => {
+                return Ok(Some(Access::Basic(user.clone(), password.clone())));
+            }
+            (Some(Challenge::Basic), _) => return Ok(None),
+            (Some(Challenge::Bearer { realm, service }), _) => (realm, service),
+        };
+        if self.credentials != Credentials::Anonymous
+            && self.base.scheme() == "https"
+            && realm.scheme() == "http"
+        {
+            return Err(Failure::from(Error::Credentials {
+                registry: self.host.clone(),
+                message: format!(
+                    "not sent: its token server {} has no TLS",
+                    printable(realm.as_str().as_bytes())
+                ),
+            }));
+        }
+        let what = &format!("a token from {}", realm.authority());
+        let request = token::request(
+            &self.http,
+            &realm,
+            service.as_deref(),
+            self.reference.repository(),
+            &self.credentials,
+        );
+        let response = self.send(request, what).await?;
+        let status = response.status();
+        if status != StatusCode::OK {
+            let mut refusal = self.refusal(response, what).await;
+            // OAuth 2 says 400 to a refresh token it doesn't know.
+            if status == StatusCode::BAD_REQUEST {
+                refusal = self.status(401, &refusal.error.to_string(), what);
+            }
+            return Err(refusal);
+        }
+        let body = self.body(response, ANSWER_MAX, what).await?;
+        let token = token::token(&body).ok_or_else(|| Error::Registry {
+            registry: self.host.clone(),
+            message: format!("{what}: the answer holds none that could be used"),
+            source: None,
+        })?;
+        Ok(Some(Access::Bearer(token)))
+    }
+
+    fn stall(&self) -> Duration {
+        Duration::from_secs(self.limits.stall_seconds)
+    }
+
+    /// Sends a request; its answer's head comes in bounded time, redirections included.
+    async fn send(&self, request: RequestBuilder, what: &str) -> Result<Response, Failure> {
+        let limit = self.stall() + Duration::from_secs(self.limits.connect_seconds);
+        tokio::time::timeout(limit, request.send())
+            .await
+            .map_err(|_| self.stalled(what))?
+            .map_err(|e| self.failure(e, what))
+    }
+
+    async fn next(
         &self,
-        stream: impl futures_util::Stream<Item = Result<Bytes, E>>,
-        limit: u64,
+        response: &mut Response,
+        pace: &mut Pace,
         what: &str,
-    ) -> Result<Bytes, Failure> {
-        let mut stream = std::pin::pin!(stream);
+    ) -> Result<Option<Bytes>, Failure> {
+        let begun = Instant::now();
+        let piece = tokio::time::timeout(self.stall(), response.chunk()).await;
+        let length = match &piece {
+            Ok(Ok(Some(piece))) => piece.len() as u64,
+            _ => 0,
+        };
+        let ended = matches!(piece, Ok(Ok(None)));
+        if !ended {
+            self.keep_up(pace, begun, length, what)?;
+        }
+        piece
+            .map_err(|_| self.stalled(what))?
+            .map_err(|e| self.failure(e, what))
+    }
+
+    /// Notes what came since `begun`.
+    fn keep_up(
+        &self,
+        pace: &mut Pace,
+        begun: Instant,
+        bytes: u64,
+        what: &str,
+    ) -> Result<(), Failure> {
+        pace.note(begun.elapsed(), bytes)
+            .map_err(|(bytes, seconds)| {
+                let error = if bytes == 0 {
+                    return self.stalled(what);
+                } else {
+                    Error::Slow {
+                        registry: self.host.clone(),
+                        what: what.to_owned(),
+                        bytes,
+                        seconds,
+                    }
+                };
+                // It took long already.
+                Failure::from(error)
+            })
+    }
+
+    /// A small answer, whole.
+    async fn body(&self, mut response: Response, limit: u64, what: &str) -> Result<Bytes, Failure> {
+        let mut pace = Pace::document(self.stall());
         let mut body = Vec::new();
-        while let Some(piece) = self.next(&mut stream, what).await? {
+        while let Some(piece) = self.next(&mut response, &mut pace, what).await? {
             if (body.len() + piece.len()) as u64 > limit {
-                return Err(self.too_large(what).into());
+                return Err(self.too_large(what, limit).into());
             }
             body.extend_from_slice(&piece);
         }
@@ -429,10 +528,14 @@ impl Endpoint {
         tokio::time::sleep(delay).await;
     }
 
-    fn too_large(&self, what: &str) -> Error {
-        let limit = self.limits.document_bytes;
+    fn too_large(&self, what: &str, limit: u64) -> Error {
+        let what = format!("{what} from {}", self.host);
+        if limit != self.limits.document_bytes {
+            let reason = format!("more than {limit} bytes");
+            return Error::BadDocument { what, reason };
+        }
         Error::Limit {
-            what: format!("{what} from {}", self.host),
+            what,
             limit,
             unit: "bytes",
             key: "document_bytes",
@@ -448,24 +551,49 @@ impl Endpoint {
         Failure { error, again: true }
     }
 
+    /// What an answer other than the one asked for means.
+    async fn refusal(&self, response: Response, what: &str) -> Failure {
+        let status = response.status().as_u16();
+        // The status says enough if the rest doesn't come.
+        let body = self
+            .body(response, ANSWER_MAX, what)
+            .await
+            .unwrap_or_default();
+        let Ok(ErrorDocument { errors }) = serde_json::from_slice(&body) else {
+            return self.status(status, String::from_utf8_lossy(&body).trim(), what);
+        };
+        let has = |codes: &[&str]| errors.iter().any(|e| codes.contains(&e.code.as_str()));
+        let status = if has(&["MANIFEST_UNKNOWN", "NAME_UNKNOWN", "NOT_FOUND"]) {
+            404
+        } else if has(&["DENIED", "UNAUTHORIZED"]) {
+            403
+        } else if has(&["TOOMANYREQUESTS"]) {
+            429
+        } else {
+            status
+        };
+        let messages: Vec<&str> = errors.iter().map(|e| e.message.as_str()).collect();
+        self.status(status, &messages.join("; "), what)
+    }
+
     /// What an HTTP status means.
-    fn status(&self, status: u16, message: &str) -> Failure {
+    fn status(&self, status: u16, message: &str, what: &str) -> Failure {
         let reference = self.reference.whole();
         let registry = self.host.clone();
-        let message = crate::error::printable(message.as_bytes());
+        let message = printable(message.as_bytes());
         let error = match status {
             401 | 403 => Error::Unauthorized {
                 reference,
                 registry,
                 message,
             },
-            404 => Error::UnknownImage {
+            404 if what == MANIFEST => Error::UnknownImage {
                 reference,
                 registry,
             },
             _ => Error::Registry {
                 registry,
-                message: format!("HTTP status {status}: {message}"),
+                message: format!("cannot fetch {what}: HTTP status {status}: {message}"),
                 source: None,
             },
         };
@@ -475,103 +603,26 @@ impl Endpoint {
         }
     }
 
-    fn failure(&self, e: OciDistributionError, what: &str) -> Failure {
-        let registry = self.host.clone();
-        match e {
-            OciDistributionError::RequestError(e) if e.is_timeout() && !e.is_connect() => {
-                self.stalled(what)
-            }
-            OciDistributionError::UnauthorizedError { .. } => {
-                self.status(401, "wrong or no credentials")
-            }
-            OciDistributionError::AuthenticationFailure(message) => self.status(401, &message),
-            OciDistributionError::ServerError { code, message, .. } => self.status(code, &message),
-            OciDistributionError::RegistryError { envelope, .. } => {
-                let message = envelope
-                    .errors
-                    .iter()
-                    .map(|e| e.message.as_str())
-                    .collect::<Vec<_>>()
-                    .join("; ");
-                let has = |codes: &[OciErrorCode]| {
-                    envelope.errors.iter().any(|e| codes.contains(&e.code))
-                };
-                let unknown = [
-                    OciErrorCode::ManifestUnknown,
-                    OciErrorCode::NameUnknown,
-                    OciErrorCode::NotFound,
-                ];
-                if has(&unknown) {
-                    self.status(404, &message)
-                } else if has(&[OciErrorCode::Denied, OciErrorCode::Unauthorized]) {
-                    self.status(403, &message)
-                } else if has(&[OciErrorCode::Toomanyrequests]) {
-                    self.status(429, &message)
-                } else {
-                    let message = format!("cannot fetch {what}: {message}");
-                    Failure {
-                        error: Error::Registry {
-                            registry,
-                            message,
-                            source: None,
-                        },
-                        again: false,
-                    }
-                }
-            }
-            OciDistributionError::RequestError(e) => {
-                let again = e.is_connect() || e.is_body() || e.is_request() || e.is_decode();
-                let hint = if e.is_connect() {
-                    "cannot connect; check its name, its port and the network"
-                } else {
-                    ""
-                };
-                let message = if hint.is_empty() {
-                    format!("cannot fetch {what}")
-                } else {
-                    hint.to_owned()
-                };
-                Failure {
-                    error: Error::Registry {
-                        registry,
-                        message,
-                        source: Some(e.into()),
-                    },
-                    again,
-                }
-            }
-            OciDistributionError::IoError(e) if timed_out(&e) => self.stalled(what),
-            OciDistributionError::IoError(e) => {
-                let message = format!("the connection broke while fetching {what}");
-                Failure {
-                    error: Error::Registry {
-                        registry,
-                        message,
-                        source: Some(e.into()),
-                    },
-                    again: true,
-                }
-            }
-            other => {
-                let message = format!("cannot fetch {what}");
-                Failure {
-                    error: Error::Registry {
-                        registry,
-                        message,
-                        source: Some(other.into()),
-                    },
-                    again: false,
-                }
-            }
+    fn failure(&self, e: reqwest::Error, what: &str) -> Failure {
+        if e.is_timeout() && !e.is_connect() {
+            return self.stalled(what);
         }
+        let message = if e.is_connect() {
+            "cannot connect; check its name, its port and the network".to_owned()
+        } else if e.is_body() || e.is_decode() {
+            format!("the connection broke while fetching {what}")
+        } else {
+            format!("cannot fetch {what}")
+        };
+        let again = e.is_connect() || e.is_body() || e.is_request() || e.is_decode();
+        let error = Error::Registry {
+            registry: self.host.clone(),
+            message,
+            // Addresses that registries redirect to hold signatures.
+            source: Some(e.without_url().into()),
+        };
+        Failure { error, again }
     }
-}
-
-/// Whether a broken stream is one that fell silent.
-fn timed_out(e: &std::io::Error) -> bool {
-    e.get_ref()
-        .and_then(|e| e.downcast_ref::<reqwest::Error>())
-        .is_some_and(reqwest::Error::is_timeout)
 }
 
 /// Registries on this machine seldom have certificates.

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::platform::Platform;
 
 /// What a manifest says of a blob.
@@ -72,7 +72,8 @@ pub(crate) fn parse(what: &str, bytes: &[u8]) -> Result<Select> {
         what: format!("manifest of {what}"),
         reason,
     };
-    let document: Document = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+    let document: Document =
+        serde_json::from_slice(bytes).map_err(|e| bad(printable(e.to_string().as_bytes())))?;
     if document.schema_version != 2 {
         return Err(bad(format!(
             "schema version {}; only version 2 is supported, so the image must be built anew",
@@ -167,7 +168,7 @@ pub(crate) fn select<'a>(
                 .iter()
                 .filter_map(platform)
                 .filter(|platform| platform.os != "unknown")
-                .map(|platform| platform.to_string())
+                .map(|platform| printable(platform.to_string().as_bytes()))
                 .collect(),
         })
 }

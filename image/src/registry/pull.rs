@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 
 use crate::convert::{Expected, Pieces};
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::progress::Event;
 use crate::reference::key;
 use crate::store::{Config, Image, LayerClaim, PullOptions, PullPolicy, Store};
@@ -250,7 +250,7 @@ async fn resolve(
         return Err(Error::NoPlatform {
             reference: name,
             wanted: options.platform.to_string(),
-            available: vec![config.platform.to_string()],
+            available: vec![printable(config.platform.to_string().as_bytes())],
         });
     }
     Ok(Resolved {

@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::convert::{Expected, convert};
 use crate::digest::Digest;
 use crate::erofs::Reader;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::limits::Limits;
 use crate::merge::{LayerFile, merge};
 use crate::platform::Platform;
@@ -69,7 +69,7 @@ impl Config {
             reason,
         };
         let parsed: ImageConfiguration =
-            serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+            serde_json::from_slice(&bytes).map_err(|e| bad(printable(e.to_string().as_bytes())))?;
         let diff_ids = parsed
             .rootfs()
             .diff_ids()

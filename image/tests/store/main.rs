@@ -2,6 +2,7 @@
 
 mod commands;
 mod common;
+mod hostile;
 mod mount;
 mod pull;
 mod survival;

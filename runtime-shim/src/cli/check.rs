@@ -111,7 +111,7 @@ pub(super) fn check(settings: &Settings, args: &CheckArgs) -> anyhow::Result<boo
             }
         }
         Some("json") => output::write(&format!("{}\n", json!({"Ok": well, "Checks": rows})))?,
-        format => output::print(format, &["Check", "Result", "Mend"], &rows)?,
+        format => output::print(format, "", &["Check", "Result", "Mend"], &rows)?,
     }
     Ok(well)
 }

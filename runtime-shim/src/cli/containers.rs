@@ -77,7 +77,7 @@ pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
         .map(|c| row(c, args.no_trunc))
         .collect();
     if args.quiet {
-        return output::print(Some("{{.ID}}"), &[], &rows);
+        return output::print(Some("{{.ID}}"), "CONTAINER", &[], &rows);
     }
     let columns = [
         "ID",
@@ -88,7 +88,7 @@ pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
         "Ports",
         "Names",
     ];
-    output::print(args.format.format.as_deref(), &columns, &rows)
+    output::print(args.format.format.as_deref(), "CONTAINER", &columns, &rows)
 }
 
 /// `casemate rm`
@@ -147,7 +147,7 @@ pub(super) fn inspect(settings: &Settings, args: &InspectArgs) -> anyhow::Result
     }
     match args.format.format.as_deref() {
         None => output::write(&format!("{}\n", serde_json::to_string_pretty(&found)?))?,
-        Some(format) => output::print(Some(format), &[], &found)?,
+        Some(format) => output::print(Some(format), "CONTAINER", &[], &found)?,
     }
     match missing {
         Some(name) => bail!("no such container or image: {name}"),

@@ -3,6 +3,7 @@
 use super::args::{
     ImagesArgs, LoadArgs, PruneArgs, PullArgs, PullWhen, RmiArgs, SaveArgs, SaveFormat, TagArgs,
 };
+use super::outfile::OutFile;
 use super::{output, progress};
 use crate::settings::Settings;
 use crate::size::Human;
@@ -160,6 +161,12 @@ pub(super) async fn load(settings: &Settings, args: &LoadArgs) -> anyhow::Result
 pub(super) fn save(settings: &Settings, args: &SaveArgs) -> anyhow::Result<()> {
     let store = store(settings)?;
     let names: Vec<&str> = args.images.iter().map(String::as_str).collect();
+    // Before anything is opened: a FIFO would wait for its reader first.
+    for name in &names {
+        if store.find(name)?.is_none() {
+            bail!("no such image: {name}");
+        }
+    }
     if args.format == SaveFormat::OciDir {
         let path = args
             .output
@@ -169,13 +176,9 @@ pub(super) fn save(settings: &Settings, args: &SaveArgs) -> anyhow::Result<()> {
     }
     match &args.output {
         Some(path) => {
-            let file = std::fs::File::create(path)
-                .with_context(|| format!("can't write {}", path.display()))?;
-            let saved = save_archive(&store, &names, args.format, file);
-            if saved.is_err() {
-                let _ = std::fs::remove_file(path);
-            }
-            saved
+            let out = OutFile::create(path)?;
+            save_archive(&store, &names, args.format, out.file())?;
+            out.commit()
         }
         None if std::io::stdout().is_terminal() => {
             bail!("an archive won't be written to a terminal; give --output FILE or redirect")
@@ -305,13 +308,13 @@ pub(super) fn images(settings: &Settings, args: &ImagesArgs) -> anyhow::Result<(
         });
     }
     if args.quiet {
-        return output::print(Some("{{.ID}}"), &[], &rows);
+        return output::print(Some("{{.ID}}"), "IMAGE", &[], &rows);
     }
     let columns: &[&str] = match args.digests {
         true => &["Repository", "Tag", "Digest", "ID", "CreatedSince", "Size"],
         false => &["Repository", "Tag", "ID", "CreatedSince", "Size"],
     };
-    output::print(args.format.format.as_deref(), columns, &rows)
+    output::print(args.format.format.as_deref(), "IMAGE", columns, &rows)
 }
 
 /// What `inspect` shows of an image, in Docker's shape.

@@ -13,6 +13,7 @@ mod images;
 mod initcalls;
 mod kernel_log;
 mod lifecycle;
+mod outfile;
 mod output;
 mod progress;
 mod run;
@@ -135,6 +136,6 @@ fn version(args: &FormatArgs) -> anyhow::Result<()> {
     });
     match args.format.as_deref() {
         None => output::write(concat!("casemate ", env!("CARGO_PKG_VERSION"), "\n")),
-        format => output::print(format, &["Version", "Os", "Arch"], &[row]),
+        format => output::print(format, "", &["Version", "Os", "Arch"], &[row]),
     }
 }

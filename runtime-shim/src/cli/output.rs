@@ -1,19 +1,25 @@
 //! Tables, JSON lines and templates on standard output; times as people read them.
 
 use super::template::Template;
+use casemate_protocol::text::printable_lines;
 use serde_json::Value;
 use std::io::{self, Write};
 
-/// Prints `rows` as `format` says; `columns` are the fields of the default table.
-pub(super) fn print(format: Option<&str>, columns: &[&str], rows: &[Value]) -> anyhow::Result<()> {
+/// Prints `rows` as `format` says; `columns` are the fields of the default table, an "ID" the id of a `kind`.
+pub(super) fn print(
+    format: Option<&str>,
+    kind: &str,
+    columns: &[&str],
+    rows: &[Value],
+) -> anyhow::Result<()> {
     let text = match format {
         None | Some("table") => {
             let cells: Vec<String> = columns.iter().map(|c| format!("{{{{.{c}}}}}")).collect();
-            table(&Template::parse(&cells.join("\t"))?, rows)?
+            table(&Template::parse(&cells.join("\t"))?, kind, rows)?
         }
         Some("json") => lines(rows.iter().map(|row| Ok(row.to_string())))?,
         Some(other) => match other.strip_prefix("table ") {
-            Some(template) => table(&Template::parse(template)?, rows)?,
+            Some(template) => table(&Template::parse(template)?, kind, rows)?,
             None => {
                 let template = Template::parse(other)?;
                 lines(rows.iter().map(|row| template.render(row)))?
@@ -23,8 +29,9 @@ pub(super) fn print(format: Option<&str>, columns: &[&str], rows: &[Value]) -> a
     write(&text)
 }
 
-/// Writes to standard output; a reader that left is no error.
+/// Writes to standard output, without anything that could steer a terminal (JSON stays the same JSON); a reader that left is no error.
 pub(super) fn write(text: &str) -> anyhow::Result<()> {
+    let text = printable_lines(text);
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e.into()),
@@ -41,8 +48,8 @@ fn lines(rows: impl Iterator<Item = anyhow::Result<String>>) -> anyhow::Result<S
     Ok(out)
 }
 
-fn table(template: &Template, rows: &[Value]) -> anyhow::Result<String> {
-    let mut all = vec![template.header()];
+fn table(template: &Template, kind: &str, rows: &[Value]) -> anyhow::Result<String> {
+    let mut all = vec![template.header(kind)];
     for row in rows {
         all.push(template.render(row)?);
     }
@@ -198,7 +205,7 @@ mod tests {
             json!({"A": "x", "B": 22}),
         ];
         let template = Template::parse("{{.A}}\t{{.B}}").unwrap();
-        let text = table(&template, &rows).unwrap();
+        let text = table(&template, "", &rows).unwrap();
         assert_eq!(text, "A            B\nlong value   1\nx            22\n");
     }
 

@@ -2,6 +2,7 @@
 
 use crate::size::Human;
 use casemate_image::{Event, NoProgress, Progress};
+use casemate_protocol::text::printable;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
@@ -25,12 +26,17 @@ fn short(digest: &dyn std::fmt::Display) -> String {
     hex.chars().take(12).collect()
 }
 
+/// The reason may be a registry's words.
+fn retrying(what: &str, reason: &str, delay_ms: u64) -> String {
+    format!("{what}: {}; again in {delay_ms} ms", printable(reason))
+}
+
 struct Lines;
 
 impl Progress for Lines {
     fn event(&self, event: Event<'_>) {
         let line = match event {
-            Event::Resolving { reference } => format!("{reference}: resolving"),
+            Event::Resolving { reference } => format!("{}: resolving", printable(reference)),
             Event::Resolved { layers, bytes, .. } => {
                 format!("{layers} layers, {} to fetch at most", Human(bytes))
             }
@@ -45,7 +51,7 @@ impl Progress for Lines {
                 what,
                 reason,
                 delay_ms,
-            } => format!("{what}: {reason}; again in {delay_ms} ms"),
+            } => retrying(what, reason, delay_ms),
             _ => return,
         };
         // Progress is a courtesy: a closed standard error must not stop a pull.
@@ -120,9 +126,7 @@ impl Progress for Bars {
                 reason,
                 delay_ms,
             } => {
-                let _ = self
-                    .all
-                    .println(format!("{what}: {reason}; again in {delay_ms} ms"));
+                let _ = self.all.println(retrying(what, reason, delay_ms));
             }
             _ => {}
         }

@@ -5,6 +5,7 @@
 //! released years ago.
 
 use anyhow::{Context, bail};
+use casemate_protocol::text::printable;
 use serde_json::Value;
 
 /// A compiled template.
@@ -58,17 +59,17 @@ impl Template {
         for part in &self.parts {
             match part {
                 Part::Text(text) => out.push_str(text),
-                Part::Action(tokens) => out.push_str(&show(&evaluate(tokens, value)?)),
+                Part::Action(tokens) => out.push_str(&evaluate(tokens, value)?),
             }
         }
         Ok(out)
     }
 
-    /// What stands in a table's header for this template: the fields' names in capitals.
-    pub(super) fn header(&self) -> String {
+    /// What stands in a table's header for this template: the fields' names in capitals; of `kind` is the "ID".
+    pub(super) fn header(&self, kind: &str) -> String {
         let name = |tokens: &[Token]| {
             tokens.iter().find_map(|t| match t {
-                Token::Field(path) => path.last().map(|f| heading(f)),
+                Token::Field(path) => path.last().map(|f| heading(f, kind)),
                 _ => None,
             })
         };
@@ -83,9 +84,9 @@ impl Template {
 }
 
 /// `CreatedSince` → `CREATED SINCE`; the few that Docker names otherwise.
-fn heading(field: &str) -> String {
+fn heading(field: &str, kind: &str) -> String {
     match field {
-        "ID" => return "ID".into(),
+        "ID" => return format!("{kind} ID").trim_start().into(),
         "CreatedSince" => return "CREATED".into(),
         _ => {}
     }
@@ -143,9 +144,10 @@ fn word(text: &str) -> anyhow::Result<Token> {
     }
 }
 
-fn evaluate(tokens: &[Token], value: &Value) -> anyhow::Result<Value> {
+/// An action's text. Values come from images and guests: they are shown on one line, so that none can forge a row or a cell.
+fn evaluate(tokens: &[Token], value: &Value) -> anyhow::Result<String> {
     let (function, arguments) = match tokens {
-        [Token::Field(path)] => return field(path, value).cloned(),
+        [Token::Field(path)] => return Ok(show(field(path, value)?)),
         [Token::Word(name), arguments @ ..] => (name.as_str(), arguments),
         _ => bail!("--format: an action starts with a field or a function"),
     };
@@ -154,21 +156,22 @@ fn evaluate(tokens: &[Token], value: &Value) -> anyhow::Result<Value> {
     };
     let subject = field(path, value)?;
     Ok(match (function, &arguments[1..]) {
-        ("json", []) => Value::String(subject.to_string()),
-        ("upper", []) => Value::String(show(subject).to_uppercase()),
-        ("lower", []) => Value::String(show(subject).to_lowercase()),
+        ("json", []) => printable(&subject.to_string()).into_owned(),
+        ("upper", []) => printable(&plain(subject).to_uppercase()).into_owned(),
+        ("lower", []) => printable(&plain(subject).to_lowercase()).into_owned(),
         ("len", []) => match subject {
-            Value::Array(items) => items.len().into(),
-            Value::Object(fields) => fields.len().into(),
-            Value::Null => 0.into(),
-            other => show(other).len().into(),
-        },
-        ("index", [Token::Text(key)]) => subject.get(key).cloned().unwrap_or(Value::Null),
-        ("index", [Token::Number(n)]) => subject.get(*n).cloned().unwrap_or(Value::Null),
+            Value::Array(items) => items.len(),
+            Value::Object(fields) => fields.len(),
+            Value::Null => 0,
+            other => plain(other).len(),
+        }
+        .to_string(),
+        ("index", [Token::Text(key)]) => show(subject.get(key).unwrap_or(&Value::Null)),
+        ("index", [Token::Number(n)]) => show(subject.get(*n).unwrap_or(&Value::Null)),
         ("join", [Token::Text(separator)]) => {
             let items = subject.as_array().cloned().unwrap_or_default();
             let texts: Vec<String> = items.iter().map(show).collect();
-            Value::String(texts.join(separator))
+            texts.join(separator)
         }
         _ => bail!("--format: wrong arguments for {function}"),
     })
@@ -189,11 +192,15 @@ fn field<'a>(path: &[String], value: &'a Value) -> anyhow::Result<&'a Value> {
 }
 
 fn show(value: &Value) -> String {
+    printable(&plain(value)).into_owned()
+}
+
+fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => "<no value>".to_owned(),
         Value::Array(items) => {
-            let texts: Vec<String> = items.iter().map(show).collect();
+            let texts: Vec<String> = items.iter().map(plain).collect();
             format!("[{}]", texts.join(" "))
         }
         other => other.to_string(),
@@ -209,6 +216,7 @@ mod tests {
         let value = json!({
             "ID": "abc", "Size": 7, "Names": ["a", "b"],
             "Config": {"Env": ["X=1"], "Labels": {"k": "v"}}, "Nothing": null,
+            "Bad": "\x1b]0;x\x07\t\n\u{9b}", "Bads": ["\x1b", "b"],
         });
         Template::parse(template)?.render(&value)
     }
@@ -227,6 +235,12 @@ mod tests {
             ("{{upper .ID}} x", "ABC x"),
             ("{{.Nothing.More}}", "<no value>"),
             ("plain", "plain"),
+            ("{{.Bad}}", r"\u001b]0;x\u0007\u0009\u000a\u009b"),
+            ("{{json .Bad}}", r#""\u001b]0;x\u0007\t\n\u009b""#),
+            ("{{upper .Bad}}", r"\u001b]0;X\u0007\u0009\u000a\u009b"),
+            ("{{.Bads}}", r"[\u001b b]"),
+            ("{{join .Bads \"\\n\"}}", "\\u001b\nb"),
+            ("{{index .Bads 0}}", r"\u001b"),
         ] {
             assert_eq!(rendered(template).unwrap(), text, "{template}");
         }
@@ -251,7 +265,7 @@ mod tests {
     #[test]
     fn header_names_the_fields() {
         let template = Template::parse("{{.ID}}\\t{{.CreatedSince}}\\t{{.ImageName}}").unwrap();
-        assert_eq!(template.header(), "ID\tCREATED\tIMAGE NAME");
+        assert_eq!(template.header("IMAGE"), "IMAGE ID\tCREATED\tIMAGE NAME");
     }
 
     proptest::proptest! {

@@ -2,6 +2,7 @@
 
 use crate::fds;
 use crate::journal::Journal;
+use casemate_protocol::text::{printable_lines, tail};
 use casemate_vmm::config::VmConfig;
 use casemate_vmm::control::{Answer, Command, MAX_MESSAGE, Message, Phase, Request};
 use rustix::net::{RecvFlags, SendFlags};
@@ -350,20 +351,9 @@ fn next_packet(control: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(received.map(|(_, length)| length)?.min(buffer.len()))
 }
 
-/// The last `limit` bytes of a text from outside, without anything that could move a terminal's cursor.
+/// The last `limit` bytes of a text from outside as they are shown, lines kept: escapes are longer than what they stand for.
 pub(super) fn printable(text: &str, limit: usize) -> String {
-    let mut start = text.len().saturating_sub(limit);
-    while !text.is_char_boundary(start) {
-        start += 1;
-    }
-    text[start..]
-        .chars()
-        .map(|c| match c {
-            '\n' | '\t' => c,
-            c if c.is_control() => '\u{fffd}',
-            c => c,
-        })
-        .collect()
+    tail(&printable_lines(tail(text, limit)), limit).to_owned()
 }
 
 #[cfg(test)]
@@ -392,7 +382,8 @@ mod tests {
 
     #[test]
     fn printable_takes_the_end_and_defuses_escapes() {
-        assert_eq!(printable("ab\x1b[2Jc\nd", 100), "ab\u{fffd}[2Jc\nd");
+        assert_eq!(printable("ab\x1b[2Jc\nd", 100), "ab\\u001b[2Jc\nd");
         assert_eq!(printable("äöü", 3), "ü");
+        assert_eq!(printable(&"\x1b".repeat(50), 60).len(), 60);
     }
 }

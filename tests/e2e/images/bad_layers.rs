@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
-use casemate_tests::{Host, paths};
+use casemate_tests::{Host, Running, paths};
 
 fn load(host: &Host, name: &str) -> casemate_tests::Finished {
     let archive = paths::fixtures().join(format!("{name}.tar"));
@@ -32,12 +33,25 @@ fn layer_that_reaches_out_of_its_tree_is_refused_with_the_path() {
         ("dotdot", "escaped"),
         ("dotdot-inside", "escaped"),
         ("dotdot-link", "shadow"),
+        ("absolute", "/escaped"),
+        ("symlinked-out", "way-out/escaped"),
+        ("symlinked-to-root", "way-out/escaped"),
         ("link-to-nothing", "no/such/file"),
     ] {
         let host = Host::new();
         load(&host, name).fails().complains_of(path);
         host.casemate(["images", "-q"]).succeeds().prints("");
-        assert!(!host.dir().join("escaped").exists() && !host.data().join("escaped").exists());
+        for place in ["/", "/etc"]
+            .map(Path::new)
+            .into_iter()
+            .chain([host.dir(), &host.data()])
+        {
+            assert!(
+                !place.join("escaped").exists(),
+                "{name} wrote into {}",
+                place.display()
+            );
+        }
         host.is_clean();
     }
 }
@@ -52,6 +66,21 @@ fn whiteout_of_nothing_is_refused_or_without_effect() {
         }
         host.is_clean();
     }
+}
+
+#[test]
+fn whiteout_of_what_was_never_there_is_without_effect() {
+    let host = Host::new();
+    load(&host, "whiteouts-of-nothing").succeeds();
+    host.casemate(["inspect", "whiteouts-of-nothing"])
+        .succeeds();
+}
+
+#[test]
+fn absolute_paths_when_allowed_are_taken_and_stay_inside() {
+    let host = Host::new().configured("[image.limits]\nallow_absolute_paths = true\n");
+    load(&host, "absolute").succeeds();
+    assert!(!Path::new("/escaped").exists());
 }
 
 #[test]
@@ -93,6 +122,35 @@ fn zip_bomb_stops_at_the_configured_limit() {
 fn layer_of_more_entries_than_allowed_is_refused() {
     let host = Host::new().configured("[image.limits]\nlayer_entries = 500\n");
     load(&host, "museum").fails().complains_of("500");
+    host.is_clean();
+}
+
+/// The most memory that a running command ever had, in bytes, as long as it can be seen.
+fn peak_memory(run: &Running) -> u64 {
+    let status = format!("/proc/{}/status", run.pid().as_raw_nonzero());
+    let mut peak = 0;
+    // Gone or a zombie: without memory.
+    while let Some(kib) = fs::read_to_string(&status).ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    }) {
+        peak = kib << 10;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    peak
+}
+
+#[test]
+fn layer_of_a_million_entries_is_taken_in_bounded_memory_and_time() {
+    let host = Host::new();
+    let archive = paths::fixtures().join("million.tar");
+    let run = host.start(["load", "-i", &archive.to_string_lossy()]);
+    let peak = peak_memory(&run);
+    run.ends().succeeds();
+    assert!(peak < 600 << 20, "{} MiB", peak >> 20);
+    assert!(peak > 10 << 20, "{peak} bytes is no peak");
+    host.casemate(["rmi", "million"]).succeeds();
+    assert!(bytes(&host.data()) < 1 << 20);
     host.is_clean();
 }
 

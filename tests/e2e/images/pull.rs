@@ -119,3 +119,42 @@ fn mirror_of_the_configuration_file_is_asked_first() {
         .succeeds();
     assert_eq!(names(&host), "registry.invalid/busybox:latest\n");
 }
+
+#[test]
+fn platform_asked_for_is_the_one_stored() {
+    let registry = Registry::of_fixtures();
+    for (platform, architecture) in [
+        (None, "amd64"),
+        (Some("linux/s390x"), "s390x"),
+        (Some("linux/arm64"), "arm64"),
+    ] {
+        let host = Host::new();
+        let image = registry.name("platforms");
+        let option = platform.map(|platform| ["--platform", platform]);
+        let words = ["pull"]
+            .into_iter()
+            .chain(option.into_iter().flatten())
+            .chain([image.as_str()]);
+        host.casemate(words).succeeds();
+        host.casemate(["inspect", "--format", "{{.Architecture}}", &image])
+            .succeeds()
+            .prints(&format!("{architecture}\n"));
+    }
+    let host = Host::new();
+    host.casemate([
+        "pull",
+        "--platform",
+        "linux/riscv64",
+        &registry.name("platforms"),
+    ])
+    .fails()
+    .complains_of("riscv64");
+    host.casemate([
+        "pull",
+        "--platform",
+        "amiga/68k/fast/more",
+        &registry.name("platforms"),
+    ])
+    .fails()
+    .complains_of("amiga");
+}

@@ -1,15 +1,23 @@
 //! Guests that do not start, do not answer, or end in ways of their own.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
 use casemate_tests::{Host, paths};
 
+/// A guest that ends by itself has as long as every other.
 fn with_initrd(name: &str) -> Host {
     let initrd = paths::fixtures().join(format!("initrd-{name}.cpio"));
+    Host::with_images().configured(&format!("initrd = \"{}\"\n", initrd.display()))
+}
+
+/// A guest that does not end has to be given up.
+fn with_silent_initrd(name: &str) -> Host {
+    let initrd = paths::fixtures().join(format!("initrd-{name}.cpio"));
     Host::with_images().configured(&format!(
-        "initrd = \"{}\"\nstart_timeout = 20\n",
+        "initrd = \"{}\"\nstart_timeout = 15\n",
         initrd.display()
     ))
 }
@@ -31,13 +39,19 @@ fn installed(name: &str) -> Vec<u8> {
 
 #[test]
 fn guest_that_never_answers_is_given_up_with_its_last_words() {
-    let host = with_initrd("silent");
-    let run = host
-        .start_run(["busybox", "true"])
-        .within(Duration::from_secs(60));
-    let out = run.ends();
-    out.ends_with(125).complains_of("answer");
-    host.is_clean();
+    for (name, last_words) in [("silent", "nothing to say"), ("halts", "System halted")] {
+        let host = with_silent_initrd(name);
+        let run = host
+            .start_run(["busybox", "true"])
+            .within(Duration::from_secs(60));
+        run.ends()
+            .ends_with(125)
+            .complains_of("answer")
+            .complains_of("15s")
+            .complains_of("the guest's last lines")
+            .complains_of(last_words);
+        host.is_clean();
+    }
 }
 
 #[test]
@@ -46,14 +60,30 @@ fn guest_that_panics_says_so() {
     let out = host.run(["busybox", "true"]);
     out.ends_with(125)
         .complains_of("panic")
-        .complains_of("Attempted to kill init");
+        .complains_of("the guest's last lines")
+        .complains_of("Attempted to kill init! exitcode=0x00000700");
     host.is_clean();
 }
 
 #[test]
-fn guest_that_powers_off_before_it_answers_is_an_error() {
+fn guest_that_resets_before_it_answers_is_an_error_with_its_last_words() {
+    let host = with_initrd("resets");
+    host.run(["busybox", "true"])
+        .ends_with(125)
+        .complains_of("reset")
+        .complains_of("the guest's last lines")
+        .complains_of("Restarting system");
+    host.is_clean();
+}
+
+#[test]
+fn guest_that_powers_off_before_it_answers_is_an_error_with_its_last_words() {
     let host = with_initrd("powers-off");
-    host.run(["busybox", "true"]).ends_with(125).fails();
+    host.run(["busybox", "true"])
+        .ends_with(125)
+        .complains_of("the guest powered off")
+        .complains_of("the guest's last lines")
+        .complains_of("going down");
     host.is_clean();
 }
 
@@ -62,7 +92,8 @@ fn guest_out_of_memory_says_so() {
     let host = with_initrd("hogs");
     host.run(["--memory", "64m", "busybox", "true"])
         .ends_with(125)
-        .complains_of("memory");
+        .complains_of("the guest's last lines")
+        .complains_of("deadlocked on memory");
     host.is_clean();
 }
 
@@ -127,6 +158,29 @@ fn kernel_or_vmm_that_is_missing_is_named() {
             .complains_of(&format!("/no/such/{key}"));
         host.is_clean();
     }
+}
+
+#[test]
+fn kvm_that_cannot_be_had_is_named_with_the_way_to_learn_more() {
+    let host = Host::with_images().of_user(61_234);
+    let locked = host.dir().join("kvm");
+    fs::write(&locked, "").unwrap();
+    fs::set_permissions(&locked, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut host = host;
+    for kvm in [Path::new("/no/such/kvm"), &locked] {
+        host = host.configured(&format!("kvm = \"{}\"\n", kvm.display()));
+        host.run(["busybox", "true"])
+            .ends_with(125)
+            .complains_of(&kvm.to_string_lossy())
+            .complains_of("casemate check");
+        host.is_clean();
+    }
+    // A device that is none of KVM's.
+    let host = host.configured("kvm = \"/dev/zero\"\n");
+    host.run(["busybox", "true"])
+        .ends_with(125)
+        .complains_of("KVM");
+    host.is_clean();
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Whatever is killed -9, whenever: the next command cleans up.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use casemate_tests::Host;
@@ -70,27 +71,65 @@ fn all_killed_at_once_leave_nothing_once_the_next_one_ran() {
     host.is_clean();
 }
 
-#[test]
-fn kill_at_any_moment_of_a_start_leaves_nothing_once_the_next_one_ran() {
-    let host = Host::with_images();
-    let begun = Instant::now();
-    host.script("true").succeeds();
-    let whole = begun.elapsed();
-    // Moments spread over a whole run, each with another victim.
-    for (step, victim) in ["casemate", SHIM, "casemate-vmm"]
-        .iter()
-        .cycle()
-        .take(12)
-        .enumerate()
-    {
+/// Kills `victims` once each at moments spread over `whole`, then has the next command clean up.
+fn sweep(host: &Host, whole: Duration, steps: u32, victims: &[&[&str]], prepare: impl Fn()) {
+    for step in 0..steps {
+        prepare();
         let run = host.start_run(["busybox", "true"]);
-        std::thread::sleep(whole.mul_f64(step as f64 / 12.0));
-        kill(&host, victim);
+        std::thread::sleep(whole * step / steps);
+        for victim in victims[step as usize % victims.len()] {
+            kill(host, victim);
+        }
         drop(run);
     }
-    shims_end(&host);
+    shims_end(host);
+    // Any command does it, not only a run.
+    host.casemate(["ps", "--all", "--quiet"])
+        .succeeds()
+        .prints("");
+    host.is_clean();
     host.script("echo next").succeeds().prints("next\n");
     host.is_clean();
+}
+
+#[test]
+fn kill_at_any_moment_of_a_start_leaves_nothing_once_the_next_command_ran() {
+    let host = Host::with_images();
+    host.script("true").succeeds();
+    let begun = Instant::now();
+    host.script("true").succeeds();
+    let victims: [&[&str]; 4] = [
+        &["casemate"],
+        &[SHIM],
+        &["casemate-vmm"],
+        &["casemate", SHIM],
+    ];
+    sweep(&host, begun.elapsed(), 20, &victims, || ());
+}
+
+#[test]
+fn kill_at_any_moment_of_the_first_start_leaves_no_half_made_disk() {
+    let host = Host::with_images();
+    let templates = host.data().join("templates");
+    let begun = Instant::now();
+    host.script("true").succeeds();
+    // Most of a first start makes the template of its disk.
+    sweep(
+        &host,
+        begun.elapsed() / 2,
+        6,
+        &[&["casemate"], &["casemate", "mke2fs"]],
+        || {
+            let _ = fs::remove_dir_all(&templates);
+        },
+    );
+    let left: Vec<_> = fs::read_dir(&templates)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.starts_with("scratch-") && name != "lock")
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

@@ -2,10 +2,13 @@
 
 mod bad_guests;
 mod bad_options;
+mod check;
 mod confined;
+mod containers;
 mod exec;
 mod exit_codes;
 mod filesystem;
+mod full_disk;
 mod initcalls;
 mod isolation;
 mod killed;
@@ -13,6 +16,7 @@ mod layers;
 mod lifecycle;
 mod limits;
 mod metadata;
+mod options;
 mod process;
 mod signals;
 mod stdio;

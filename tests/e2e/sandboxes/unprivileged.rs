@@ -1,5 +1,8 @@
 //! A user with access to /dev/kvm and nothing else runs everything.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
 use casemate_tests::{Host, Registry};
 
 /// Neither root nor anybody in /etc/passwd.
@@ -21,6 +24,37 @@ fn unprivileged_user_pulls_runs_and_removes() {
     .prints("0\nx\n");
     host.casemate(["rmi", &image]).succeeds();
     host.is_clean();
+}
+
+#[test]
+fn unprivileged_user_needs_no_option_no_variable_and_no_further_ids() {
+    let subids =
+        ["/etc/subuid", "/etc/subgid"].map(|file| fs::read_to_string(file).unwrap_or_default());
+    assert!(
+        !subids.concat().contains(&SOMEBODY.to_string()),
+        "{subids:?}"
+    );
+    let host = Host::new().in_the_users_places().of_user(SOMEBODY);
+    let registry = Registry::of_fixtures();
+    let image = registry.name("museum");
+
+    let script = "chown 7:8 /tmp && stat -c %u:%g /tmp /museum/twin-1; id -u; exit 3";
+    host.run([&image, "sh", "-c", script])
+        .ends_with(3)
+        .prints("7:8\n7:8\n0\n");
+
+    host.is_clean();
+    for dir in [host.state(), host.data()] {
+        let meta = fs::metadata(&dir).unwrap();
+        assert_eq!(
+            (meta.uid(), meta.mode() & 0o7777),
+            (SOMEBODY, 0o700),
+            "{}",
+            dir.display()
+        );
+    }
+    host.casemate(["check"]).succeeds();
+    host.casemate(["rmi", &image]).succeeds();
 }
 
 #[test]
@@ -63,7 +97,7 @@ fn unprivileged_users_vmm_runs_as_that_user() {
     for name in ["casemate-vmm", "containerd-shim-casemate-v2"] {
         for pid in host.processes(name) {
             let status =
-                std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap();
+                fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap();
             let uid = status
                 .lines()
                 .find(|line| line.starts_with("Uid:"))

@@ -24,6 +24,12 @@ pub(crate) enum Fault {
     Status(u16),
     /// Sends more than it should.
     Longer,
+    /// Answers with this status and body.
+    Say(u16, String),
+    /// Waits so many milliseconds after each byte.
+    Drip(u64),
+    /// Sends the whole world there.
+    Redirect(String),
 }
 
 #[derive(Default)]
@@ -38,6 +44,9 @@ struct State {
     ranges: bool,
     password: Option<String>,
     tokens: bool,
+    /// The token server's answer to a refresh token, and what it was asked with.
+    refresh: Option<(String, u16, Vec<u8>)>,
+    asked: Vec<String>,
 }
 
 /// The server; it ends with the test.
@@ -109,6 +118,23 @@ impl Server {
         (state.password, state.tokens) = (Some(password.to_owned()), tokens);
     }
 
+    /// Gives tokens for this refresh token alone.
+    pub(crate) fn protect_by_refresh_token(&self, token: &str) {
+        self.protect("nobody has this", true);
+        let answer = br#"{"access_token":"t0ken","expires_in":300}"#;
+        self.answer_refresh_token(token, 200, answer);
+    }
+
+    /// Gives this answer for a refresh token.
+    pub(crate) fn answer_refresh_token(&self, token: &str, status: u16, answer: &[u8]) {
+        self.state.lock().unwrap().refresh = Some((token.to_owned(), status, answer.to_vec()));
+    }
+
+    /// Forms that the token server was sent.
+    pub(crate) fn asked(&self) -> Vec<String> {
+        self.state.lock().unwrap().asked.clone()
+    }
+
     /// How often a blob or manifest was asked for.
     pub(crate) fn requests(&self, digest_or_tag: &str) -> usize {
         let state = self.state.lock().unwrap();
@@ -144,6 +170,14 @@ impl Server {
                 };
                 headers.insert(key.to_ascii_lowercase(), value.to_owned());
             }
+            let length = headers.get("content-length").and_then(|v| v.parse().ok());
+            let mut form = vec![0; length.unwrap_or(0)];
+            std::io::Read::read_exact(&mut reader, &mut form)?;
+            if !form.is_empty() {
+                let form = String::from_utf8_lossy(&form).into_owned();
+                self.state.lock().unwrap().asked.push(form.clone());
+                headers.insert(":form".to_owned(), form);
+            }
             if !self.answer(&path, &headers, &mut out)? {
                 return Ok(());
             }
@@ -175,6 +209,19 @@ impl Server {
                         "Basic realm=\"test\"".to_owned(),
                     )
                 };
+                if path.starts_with("/token")
+                    && let Some((token, status, body)) = &state.refresh
+                    && let Some(form) = headers.get(":form")
+                {
+                    let good = form.contains(&format!("refresh_token={token}&"))
+                        || form.ends_with(&format!("refresh_token={token}"));
+                    return if good {
+                        respond(out, *status, "", body).map(|()| true)
+                    } else {
+                        let body = br#"{"error":"invalid_grant"}"#;
+                        respond(out, 400, "", body).map(|()| true)
+                    };
+                }
                 if path.starts_with("/token") {
                     let good = authorization == format!("Basic {password}");
                     let body = if good {
@@ -234,6 +281,21 @@ impl Server {
         let mut body = body[offset..].to_vec();
         match fault {
             None => respond(out, status, &extra, &body).map(|()| true),
+            Some(Fault::Say(status, text)) => {
+                respond(out, status, "", text.as_bytes()).map(|()| true)
+            }
+            Some(Fault::Redirect(address)) => {
+                let location = format!("Location: {address}\r\n");
+                respond(out, 307, &location, b"").map(|()| true)
+            }
+            Some(Fault::Drip(delay)) => {
+                head(out, status, &extra, body.len())?;
+                for byte in body.chunks(1) {
+                    out.write_all(byte)?;
+                    std::thread::sleep(Duration::from_millis(delay));
+                }
+                Ok(true)
+            }
             Some(Fault::Status(status)) => respond(out, status, "", b"no").map(|()| true),
             Some(Fault::Corrupt) => {
                 let middle = body.len() / 2;
