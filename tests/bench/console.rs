@@ -18,7 +18,7 @@ const SIZE: u64 = 1 << 30;
 const REST_EVERY: u64 = 16 << 20;
 const REST: Duration = Duration::from_millis(20);
 /// Short runs under way.
-const AT_A_TIME: usize = 4;
+const AT_A_TIME: usize = 2;
 
 /// Streams of a gigabyte and lives of a moment; how many bytes did not come out, and how many lives came out wrong.
 pub(crate) fn figure(at: &Installed, scratch: &Path, gigabytes: usize, lives: usize) -> Result<()> {

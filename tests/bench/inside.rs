@@ -49,7 +49,9 @@ impl Installed {
         command
             .args(args)
             .env("CASEMATE_DATA", &self.data)
-            .env("CASEMATE_STATE", "/run/casemate-bench");
+            .env("CASEMATE_STATE", "/run/casemate-bench")
+            // An emulated host on a busy machine may take its time, which is no failure.
+            .env("CASEMATE_START_TIMEOUT", "300");
         command.stdin(Stdio::null());
         command
     }
