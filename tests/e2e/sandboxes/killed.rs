@@ -4,18 +4,34 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use casemate_tests::Host;
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 
 const SHIM: &str = "containerd-shim-casemate-v2";
 const SLEEPER: [&str; 4] = ["busybox", "sh", "-c", "echo up; exec sleep 100000"];
 
+/// Kills what runs of it, and waits until that is truly gone: only then are its locks free.
 fn kill(host: &Host, executable: &str) -> usize {
     let found = host.processes(executable);
     for pid in &found {
         // It may have died with another one in the meantime.
         let _ = kill_process(*pid, Signal::KILL);
     }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    for pid in &found {
+        while lives(*pid) {
+            assert!(Instant::now() < deadline, "{pid:?} outlives its death");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
     found.len()
+}
+
+fn lives(pid: Pid) -> bool {
+    let process = format!("/proc/{}", pid.as_raw_nonzero());
+    // A zombie holds nothing any more, once all of its threads are gone.
+    let threads = fs::read_dir(format!("{process}/task")).map_or(0, Iterator::count);
+    let stat = fs::read_to_string(format!("{process}/stat"));
+    threads > 1 || stat.is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
 }
 
 /// A shim notices by itself that its command is gone, and ends.
@@ -73,10 +89,12 @@ fn all_killed_at_once_leave_nothing_once_the_next_one_ran() {
 
 /// Kills `victims` once each at moments spread over `whole`, then has the next command clean up.
 fn sweep(host: &Host, whole: Duration, steps: u32, victims: &[&[&str]], prepare: impl Fn()) {
+    // Other moments each time.
+    let shift = f64::from(std::process::id() % 100) / 100.0;
     for step in 0..steps {
         prepare();
         let run = host.start_run(["busybox", "true"]);
-        std::thread::sleep(whole * step / steps);
+        std::thread::sleep(whole.mul_f64((f64::from(step) + shift) / f64::from(steps)));
         for victim in victims[step as usize % victims.len()] {
             kill(host, victim);
         }
@@ -104,7 +122,7 @@ fn kill_at_any_moment_of_a_start_leaves_nothing_once_the_next_command_ran() {
         &["casemate-vmm"],
         &["casemate", SHIM],
     ];
-    sweep(&host, begun.elapsed(), 20, &victims, || ());
+    sweep(&host, begun.elapsed(), 12, &victims, || ());
 }
 
 #[test]
