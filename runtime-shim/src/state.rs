@@ -4,8 +4,8 @@
 //! locked for as long as someone looks after it: the command line takes the lock
 //! with the directory and hands the same open file to the shim, so that the lock
 //! falls exactly when both are gone. Whoever then gets the lock tidies up by the
-//! journal. The file gets its name once it is locked, so nobody finds a new
-//! sandbox unattended. Lock order: one sandbox, then the names, never two of either.
+//! journal. While a directory is made or unmade its name says by which process, so
+//! that nobody finds half a sandbox. Lock order: one sandbox, then the names, never two of either.
 
 use crate::journal::{self, Journal, Taken};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -25,8 +25,8 @@ const NAMES: &str = "names";
 const MAX_META: u64 = 4 << 20;
 /// The file that is locked.
 const LOCK: &str = "lock";
-/// A directory without a lock is being made or unmade right now, or is left over from that.
-const BEING_MADE: Duration = Duration::from_secs(60);
+/// Making or unmaking a directory takes no longer: its process's number is another's by now.
+const IN_PASSING: Duration = Duration::from_secs(60);
 
 /// What went wrong with the state directory.
 #[derive(Debug, thiserror::Error)]
@@ -213,14 +213,21 @@ impl StateRoot {
     /// Makes a sandbox's directory, locked, and gives it a name.
     pub fn create(&self, meta: &Meta) -> Result<SandboxDir, StateError> {
         let path = self.path_of(&meta.id);
-        if !make_private_dir(&path)? {
+        if path.exists() {
             return Err(io_error("create directory", &path)(
                 io::ErrorKind::AlreadyExists.into(),
             ));
         }
-        let lock = new_lock(&path).inspect_err(|_| {
-            let _ = std::fs::remove_dir_all(&path);
-        })?;
+        let passing = passing_name(&path);
+        make_private_dir(&passing)?;
+        let lock = new_lock(&passing)
+            .and_then(|lock| {
+                std::fs::rename(&passing, &path).map_err(io_error("rename", &passing))?;
+                Ok(lock)
+            })
+            .inspect_err(|_| {
+                let _ = std::fs::remove_dir_all(&passing);
+            })?;
         let dir = SandboxDir { path, lock };
         if let Err(error) = self.fill(&dir, meta) {
             // The first error is the one to tell.
@@ -270,7 +277,7 @@ impl StateRoot {
         let entries = std::fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
         Ok(entries
             .filter_map(|e| e.ok()?.file_name().into_string().ok())
-            .filter(|name| name != NAMES)
+            .filter(|name| name != NAMES && !name.starts_with('.'))
             .collect())
     }
 
@@ -283,11 +290,30 @@ impl StateRoot {
             match lock(&path)? {
                 Lock::Ours(lock) => SandboxDir { path, lock }.reclaim(),
                 Lock::Theirs => Ok(()),
-                Lock::Missing => remove_leftover(&path),
+                Lock::Missing => remove_all(&path),
             }
         };
         let ids = self.ids()?;
-        Ok(ids.into_iter().filter_map(|id| reclaim(id).err()).collect())
+        let mut errors: Vec<_> = ids.into_iter().filter_map(|id| reclaim(id).err()).collect();
+        errors.extend(self.remove_passing()?);
+        Ok(errors)
+    }
+
+    /// Removes the directories that a process which is gone was making or unmaking.
+    fn remove_passing(&self) -> Result<Vec<StateError>, StateError> {
+        let entries = std::fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
+        let abandoned = |entry: &std::fs::DirEntry| {
+            let name = entry.file_name();
+            let pid = name.to_str()?.strip_prefix('.')?.split('-').next()?;
+            let alive = crate::journal::start_time(pid.parse().ok()?).is_some();
+            let made = entry.metadata().and_then(|m| m.modified()).ok()?;
+            let old = made.elapsed().is_ok_and(|age| age > IN_PASSING);
+            (old || !alive).then(|| entry.path())
+        };
+        let abandoned = entries.flatten().filter_map(|e| abandoned(&e));
+        Ok(abandoned
+            .filter_map(|path| remove_all(&path).err())
+            .collect())
     }
 
     /// All containers, newest first.
@@ -424,20 +450,22 @@ impl SandboxDir {
     }
 }
 
-fn remove_all(dir: &Path) -> Result<(), StateError> {
-    match std::fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", dir)(e)),
-        _ => Ok(()),
-    }
+/// Beside `dir`, and nobody's but this process's.
+fn passing_name(dir: &Path) -> PathBuf {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let name = name.trim_start_matches('.');
+    dir.with_file_name(format!(".{}-{name}", std::process::id()))
 }
 
-/// Removes a directory that nobody finished making or unmaking.
-fn remove_leftover(dir: &Path) -> Result<(), StateError> {
-    let age = std::fs::symlink_metadata(dir)
-        .and_then(|m| m.modified())
-        .map(|at| at.elapsed().unwrap_or_default());
-    match age {
-        Ok(age) if age > BEING_MADE => remove_all(dir),
+fn remove_all(dir: &Path) -> Result<(), StateError> {
+    let passing = passing_name(dir);
+    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    match std::fs::rename(dir, &passing) {
+        Err(e) if gone(&e) => return Ok(()),
+        moved => moved.map_err(io_error("rename", dir))?,
+    }
+    match std::fs::remove_dir_all(&passing) {
+        Err(e) if !gone(&e) => Err(io_error("remove", dir)(e)),
         _ => Ok(()),
     }
 }
@@ -458,13 +486,12 @@ fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, StateError> {
         .map_err(|e| io_error("open", path)(e.into()))
 }
 
-/// Makes and takes the lock of a directory that was just made.
+/// Makes and takes the lock of a directory that nobody else knows yet.
 fn new_lock(dir: &Path) -> Result<OwnedFd, StateError> {
-    let (unnamed, path) = (dir.join("lock.new"), dir.join(LOCK));
-    let fd = open_lock(&unnamed, OFlags::CREATE | OFlags::EXCL)?;
+    let path = dir.join(LOCK);
+    let fd = open_lock(&path, OFlags::CREATE | OFlags::EXCL)?;
     rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|e| io_error("lock", &unnamed)(e.into()))?;
-    std::fs::rename(&unnamed, &path).map_err(io_error("rename", &unnamed))?;
+        .map_err(|e| io_error("lock", &path)(e.into()))?;
     Ok(fd)
 }
 
@@ -618,6 +645,21 @@ mod tests {
             done.store(true, std::sync::atomic::Ordering::Relaxed);
             tidier.join().unwrap();
         });
+    }
+
+    #[test]
+    fn reclaim_dead_removes_at_once_what_a_dead_process_was_making() {
+        let (_dir, root) = root();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let dead = root.dir.join(format!(".{}-aaa", child.id()));
+        child.wait().unwrap();
+        let ours = root.dir.join(format!(".{}-bbb", std::process::id()));
+        for dir in [&dead, &ours] {
+            std::fs::create_dir(dir).unwrap();
+        }
+        assert!(root.reclaim_dead().unwrap().is_empty());
+        assert!(!dead.exists() && ours.exists());
+        assert!(root.containers().unwrap().is_empty());
     }
 
     #[test]
