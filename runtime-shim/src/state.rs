@@ -272,12 +272,12 @@ impl StateRoot {
         std::fs::rename(&whole, file).map_err(io_error("write", file))
     }
 
-    /// The ids of all sandboxes, in no order.
-    fn ids(&self) -> Result<Vec<String>, StateError> {
+    /// What is in the namespace's directory: sandboxes by their ids, and those made or unmade right now.
+    fn entries(&self) -> Result<Vec<String>, StateError> {
         let entries = std::fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
         Ok(entries
             .filter_map(|e| e.ok()?.file_name().into_string().ok())
-            .filter(|name| name != NAMES && !name.starts_with('.'))
+            .filter(|name| name != NAMES)
             .collect())
     }
 
@@ -285,42 +285,33 @@ impl StateRoot {
     ///
     /// Costs one directory read when there is none. What can't be tidied up stays, and is told.
     pub fn reclaim_dead(&self) -> Result<Vec<StateError>, StateError> {
-        let reclaim = |id: String| -> Result<(), StateError> {
-            let path = self.path_of(&id);
+        let reclaim = |name: String| -> Result<(), StateError> {
+            let path = self.path_of(&name);
+            if is_passing(&name) {
+                return match is_abandoned(&path, &name) {
+                    true => remove_all(&path),
+                    false => Ok(()),
+                };
+            }
             match lock(&path)? {
                 Lock::Ours(lock) => SandboxDir { path, lock }.reclaim(),
                 Lock::Theirs => Ok(()),
                 Lock::Missing => remove_all(&path),
             }
         };
-        let ids = self.ids()?;
-        let mut errors: Vec<_> = ids.into_iter().filter_map(|id| reclaim(id).err()).collect();
-        errors.extend(self.remove_passing()?);
-        Ok(errors)
-    }
-
-    /// Removes the directories that a process which is gone was making or unmaking.
-    fn remove_passing(&self) -> Result<Vec<StateError>, StateError> {
-        let entries = std::fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
-        let abandoned = |entry: &std::fs::DirEntry| {
-            let name = entry.file_name();
-            let pid = name.to_str()?.strip_prefix('.')?.split('-').next()?;
-            let alive = crate::journal::start_time(pid.parse().ok()?).is_some();
-            let made = entry.metadata().and_then(|m| m.modified()).ok()?;
-            let old = made.elapsed().is_ok_and(|age| age > IN_PASSING);
-            (old || !alive).then(|| entry.path())
-        };
-        let abandoned = entries.flatten().filter_map(|e| abandoned(&e));
-        Ok(abandoned
-            .filter_map(|path| remove_all(&path).err())
+        let entries = self.entries()?;
+        Ok(entries
+            .into_iter()
+            .filter_map(|name| reclaim(name).err())
             .collect())
     }
 
     /// All containers, newest first.
     pub fn containers(&self) -> Result<Vec<Container>, StateError> {
         let mut all: Vec<Container> = self
-            .ids()?
+            .entries()?
             .iter()
+            .filter(|name| !is_passing(name))
             .filter_map(|id| self.container(id))
             .collect();
         all.sort_by_key(|c| std::cmp::Reverse(c.meta.created));
@@ -455,6 +446,24 @@ fn passing_name(dir: &Path) -> PathBuf {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let name = name.trim_start_matches('.');
     dir.with_file_name(format!(".{}-{name}", std::process::id()))
+}
+
+/// Whether a directory is one that [`passing_name`] names.
+fn is_passing(name: &str) -> bool {
+    name.starts_with('.')
+}
+
+/// Whether the process that was making or unmaking the directory is gone.
+fn is_abandoned(dir: &Path, name: &str) -> bool {
+    let pid = name.trim_start_matches('.').split('-').next();
+    let Some(pid) = pid.and_then(|pid| pid.parse().ok()) else {
+        return false;
+    };
+    let changed = std::fs::symlink_metadata(dir).and_then(|m| m.modified());
+    changed.is_ok_and(|at| {
+        let old = at.elapsed().is_ok_and(|age| age > IN_PASSING);
+        old || journal::start_time(pid).is_none()
+    })
 }
 
 fn remove_all(dir: &Path) -> Result<(), StateError> {

@@ -2,11 +2,12 @@
 
 use super::args::ExecArgs;
 use super::attend::{self, Attached, Fifos, Signals};
-use super::client::{Client, ProcessId};
+use super::client::ProcessId;
+use super::lifecycle::Running;
 use super::run::{self, Failure};
 use super::{caps, containers, env, spec, terminal};
 use crate::settings::Settings;
-use crate::state::{Container, State};
+use crate::state::Container;
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -33,9 +34,9 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     if args.tty && args.interactive && !std::io::stdin().is_terminal() {
         return Err(anyhow::anyhow!("the input device is not a terminal; leave out -t").into());
     }
-    let container = running(settings, &args.container)?;
+    let root = containers::state(settings)?;
+    let Running { container, client } = Running::find(&root, &args.container)?;
     let process = process(&container, args)?;
-    let client = Client::connect(&container.dir)?;
 
     let id = run::new_id()?;
     let exec_id = ProcessId {
@@ -74,14 +75,6 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     // A container that ends with the process has forgotten it already.
     let _ = client.delete(exec_id).await;
     Ok(ended?)
-}
-
-fn running(settings: &Settings, name: &str) -> anyhow::Result<Container> {
-    let container = containers::state(settings)?.find(name)?;
-    if container.status.state != State::Running {
-        bail!("container {name} is not running");
-    }
-    Ok(container)
 }
 
 /// The container's own process, changed as asked.

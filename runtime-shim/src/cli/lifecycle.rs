@@ -16,13 +16,19 @@ const SIGTERM: u32 = 15;
 const KILL_TAKES: Duration = Duration::from_secs(30);
 
 /// A running container and the connection to whoever serves it.
-struct Running {
-    container: Container,
-    client: Client,
+pub(super) struct Running {
+    pub(super) container: Container,
+    pub(super) client: Client,
+}
+
+/// A call's answer, or what its error says.
+fn answered<T>(answer: ttrpc::Result<T>) -> anyhow::Result<T> {
+    answer.map_err(|error| anyhow::anyhow!(rpc::parts(&error).1))
 }
 
 impl Running {
-    fn find(root: &StateRoot, name: &str) -> anyhow::Result<Self> {
+    /// The container of that name or id, if it runs.
+    pub(super) fn find(root: &StateRoot, name: &str) -> anyhow::Result<Self> {
         let container = root.find(name)?;
         if container.status.state != State::Running {
             bail!("container {name} is not running");
@@ -121,8 +127,7 @@ pub(super) async fn wait(settings: &Settings, args: &ContainersArgs) -> anyhow::
             return Ok(container.status.exit_code.to_string());
         }
         let running = Running::find(root, name)?;
-        let code = running.client.wait(running.init()).await;
-        let code = code.map_err(|e| anyhow::anyhow!(rpc::parts(&e).1));
+        let code = answered(running.client.wait(running.init()).await);
         Ok(code.context("the container's shim is gone")?.to_string())
     })
     .await
@@ -132,8 +137,7 @@ pub(super) async fn wait(settings: &Settings, args: &ContainersArgs) -> anyhow::
 pub(super) async fn pause(settings: &Settings, args: &ContainersArgs) -> anyhow::Result<()> {
     for_each(settings, &args.containers, async |root, name| {
         let running = Running::find(root, name)?;
-        let paused = running.client.pause(&running.container.meta.id).await;
-        paused.map_err(|e| anyhow::anyhow!(rpc::parts(&e).1))?;
+        answered(running.client.pause(&running.container.meta.id).await)?;
         Ok(name.to_owned())
     })
     .await
@@ -143,8 +147,7 @@ pub(super) async fn pause(settings: &Settings, args: &ContainersArgs) -> anyhow:
 pub(super) async fn unpause(settings: &Settings, args: &ContainersArgs) -> anyhow::Result<()> {
     for_each(settings, &args.containers, async |root, name| {
         let running = Running::find(root, name)?;
-        let resumed = running.client.resume(&running.container.meta.id).await;
-        resumed.map_err(|e| anyhow::anyhow!(rpc::parts(&e).1))?;
+        answered(running.client.resume(&running.container.meta.id).await)?;
         Ok(name.to_owned())
     })
     .await
