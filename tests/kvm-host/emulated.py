@@ -205,8 +205,8 @@ class Run:
             arguments += [*self._plugin(), *CLOCK, "-initrd", self._write_initramfs()]
             cmdline += CLOCK_CMDLINE
         else:
-            arguments += ["-accel", "tcg,thread=multi,tb-size=512", "-smp", str(options.cpus),
-                          "-cpu", PROCESSOR,
+            # The job leaves the first processor alone (README.md).
+            arguments += ["-accel", "tcg,thread=multi,tb-size=512", "-smp", str(options.cpus + 1), "-cpu", PROCESSOR,
                           "-fsdev", "local,id=fs0,path=/,security_model=none,multidevs=remap",
                           "-device", "virtio-9p-device,fsdev=fs0,mount_tag=rootfs"]  # fmt: skip
             if options.disk:
@@ -242,6 +242,7 @@ class Run:
             "TOKEN": self._token,
             "USER_ID": options.user or 0,
             "CLOCK": int(options.clock) or "",
+            "CPUS": options.cpus,
             "EXITS": "1" if options.exits else "",
             "LAST_PORT": 4 if options.stdin else 3,
             "SCRATCH": " ".join(["/var/lib/casemate", *options.scratch]),
