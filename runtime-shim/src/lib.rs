@@ -9,6 +9,7 @@
 pub mod cli;
 pub mod fds;
 pub mod journal;
+pub mod log;
 pub mod paths;
 pub mod plan;
 pub mod rpc;
@@ -17,3 +18,4 @@ pub mod settings;
 pub mod shim;
 pub mod size;
 pub mod state;
+pub mod times;

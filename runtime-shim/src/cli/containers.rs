@@ -4,6 +4,7 @@ use super::args::{InspectArgs, Kind, PsArgs, RmArgs};
 use super::{images, output};
 use crate::settings::Settings;
 use crate::state::{Container, DEFAULT_NAMESPACE, State, StateRoot, now_ns};
+use crate::times;
 use anyhow::bail;
 use serde_json::{Value, json};
 
@@ -24,14 +25,10 @@ pub(super) fn state(settings: &Settings) -> anyhow::Result<StateRoot> {
     Ok(root)
 }
 
-fn seconds(ns: u64) -> i64 {
-    (ns / 1_000_000_000) as i64
-}
-
 fn status_text(container: &Container) -> String {
     let status = &container.status;
-    let now = seconds(now_ns());
-    let since = |ns| output::ago(seconds(ns), now);
+    let now = now_ns();
+    let since = |then| output::ago(then, now);
     match status.state {
         State::Created => "Created".to_owned(),
         State::Running => format!("Up {}", since(status.started).trim_end_matches(" ago")),
@@ -58,8 +55,8 @@ fn row(container: &Container, no_trunc: bool) -> Value {
         "ID": id,
         "Image": meta.image,
         "Command": command,
-        "CreatedSince": output::ago(seconds(meta.created), seconds(now_ns())),
-        "CreatedAt": output::format_time(meta.created),
+        "CreatedSince": output::ago(meta.created, now_ns()),
+        "CreatedAt": times::rfc3339(meta.created),
         "Status": status_text(container),
         "State": container.status.state,
         "Ports": "",
@@ -107,7 +104,7 @@ fn inspected(container: &Container) -> Value {
     let (meta, status) = (&container.meta, &container.status);
     let time = |ns| match ns {
         0 => "0001-01-01T00:00:00Z".to_owned(),
-        ns => output::format_time(ns),
+        ns => times::rfc3339(ns),
     };
     let (path, args) = match meta.command.split_first() {
         Some((path, args)) => (path.clone(), args.to_vec()),
@@ -116,7 +113,7 @@ fn inspected(container: &Container) -> Value {
     json!({
         "Id": meta.id,
         "Name": meta.name,
-        "Created": output::format_time(meta.created),
+        "Created": times::rfc3339(meta.created),
         "Path": path,
         "Args": args,
         "Image": meta.image_id,

@@ -8,6 +8,7 @@ use super::{output, progress};
 use crate::settings::Settings;
 use crate::size::Human;
 use crate::state::now_ns;
+use crate::times;
 use anyhow::{Context, bail};
 use casemate_image::{
     Image, Limits, LoadOptions, LoadSource, Platform, PullOptions, PullPolicy, RegistryConfig,
@@ -270,9 +271,9 @@ fn rows(image: &Image, no_trunc: bool) -> Vec<Value> {
         true => id,
         false => id.trim_start_matches("sha256:").chars().take(12).collect(),
     };
-    let created_s = image.created.as_deref().and_then(output::parse_time);
-    let since = match created_s {
-        Some(then) => output::ago(then, (now_ns() / 1_000_000_000) as i64),
+    let created = image.created.as_deref().and_then(times::parse);
+    let since = match created {
+        Some(then) => output::ago(then, now_ns()),
         None => "N/A".to_owned(),
     };
     let mut names: Vec<(String, String)> = image.names.iter().map(|n| split_name(n)).collect();
