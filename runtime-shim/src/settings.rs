@@ -121,7 +121,9 @@ impl Settings {
             kernel: file.kernel.unwrap_or_else(|| install.kernel()),
             initrd: file.initrd.unwrap_or_else(|| install.initrd()),
             vmm: file.vmm.unwrap_or_else(|| install.vmm()),
-            kvm: file.kvm.unwrap_or_else(|| "/dev/kvm".into()),
+            kvm: file
+                .kvm
+                .unwrap_or_else(|| casemate_vmm::probe::DEVICE.into()),
             shim: file.shim.unwrap_or_else(|| install.shim()),
             state_dir: env("CASEMATE_STATE")
                 .map(PathBuf::from)

@@ -1,6 +1,6 @@
 //! The life of a VMM process: confined, booted, served until the guest ends.
 
-use crate::config::{self, Fd, VmConfig};
+use crate::config::{self, Confinement, Fd, VmConfig};
 use crate::confine::{self, ConfineError, Plan};
 use crate::control::{Message, Phase};
 use crate::control_socket::ControlSocket;
@@ -17,6 +17,8 @@ use std::os::fd::OwnedFd;
 const OWN_DESCRIPTORS: u32 = 16;
 /// Per device: its interrupt, its queues' kicks, a timer or two.
 const DESCRIPTORS_PER_DEVICE: u32 = 12;
+/// Two disks, vsock, entropy, a balloon.
+const PROBED_DEVICES: usize = 5;
 /// What one control packet may bring, twice: a swap holds the old and the new files.
 const PASSED_DESCRIPTORS: u32 = 2 * 253;
 
@@ -27,7 +29,13 @@ pub fn read_config(fd: Fd) -> Result<VmConfig, config::Error> {
 
 /// Runs the VM to its end, whatever that is.
 pub fn run(config: &VmConfig, mut phases: Phases) -> Outcome {
-    if let Err(error) = enter_confinement(config) {
+    let confined = enter_confinement(
+        config.confinement,
+        &config.descriptors(),
+        config.vcpus,
+        config.devices(),
+    );
+    if let Err(error) = confined {
         return Outcome::new(exit_code::START_FAILED, chain(&error));
     }
     phases.reached(Phase::Confined);
@@ -64,15 +72,24 @@ fn start(config: &VmConfig, phases: &mut Phases) -> Result<(Vm, OwnedFd), vm::Er
     Ok((vm, signals))
 }
 
-fn enter_confinement(config: &VmConfig) -> Result<(), ConfineError> {
-    let keep_fds = config.descriptors();
+/// Confines the process for good, as if for a small VM: does this host let a VMM do so?
+pub fn probe_confinement() -> Result<(), ConfineError> {
+    enter_confinement(Confinement::Full, &[], 1, PROBED_DEVICES)
+}
+
+fn enter_confinement(
+    level: Confinement,
+    keep_fds: &[Fd],
+    vcpus: u8,
+    devices: usize,
+) -> Result<(), ConfineError> {
     let plan = Plan {
-        level: config.confinement,
-        keep_fds: &keep_fds,
+        level,
+        keep_fds,
         max_open_files: keep_fds.len() as u32
             + OWN_DESCRIPTORS
-            + u32::from(config.vcpus)
-            + DESCRIPTORS_PER_DEVICE * config.devices() as u32
+            + u32::from(vcpus)
+            + DESCRIPTORS_PER_DEVICE * devices as u32
             + PASSED_DESCRIPTORS,
     };
     confine::enter(&plan).map(drop)
