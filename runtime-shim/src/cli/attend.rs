@@ -1,5 +1,6 @@
 //! A process of a container, attended: its streams are ours, our signals are its own, until its end.
 
+use super::args::ProcessArgs;
 use super::client::{Client, ProcessId};
 use super::streams::{self, Output, OutputEnd};
 use super::terminal;
@@ -39,7 +40,7 @@ pub(super) struct Fifos {
 
 impl Fifos {
     /// Makes them in `dir`. A terminal has no stderr of its own.
-    pub(super) fn make(dir: &Path, interactive: bool, tty: bool) -> anyhow::Result<Self> {
+    pub(super) fn make(dir: &Path, args: &ProcessArgs) -> anyhow::Result<Self> {
         let make = |name: &str, wanted: bool| -> anyhow::Result<String> {
             if !wanted {
                 return Ok(String::new());
@@ -48,9 +49,9 @@ impl Fifos {
             Ok(path.to_str().context("the path is not UTF-8")?.to_owned())
         };
         Ok(Self {
-            stdin: make("stdin", interactive)?,
+            stdin: make("stdin", args.interactive)?,
             stdout: make("stdout", true)?,
-            stderr: make("stderr", !tty)?,
+            stderr: make("stderr", !args.tty)?,
         })
     }
 }

@@ -1,13 +1,19 @@
 //! Environment variables for a container: `-e`, `--env-file`, the image's own.
 
+use super::args::ProcessArgs;
 use anyhow::{Context, bail};
 use std::path::Path;
 
 /// A file of variables beyond this is none.
 const MAX_FILE: u64 = 1 << 20;
 
-/// The variables of `--env-file` and `-e`, later ones winning; `here` looks up our own.
-pub(super) fn from_user(
+/// The variables of `--env-file` and `-e`, later ones winning.
+pub(super) fn of(args: &ProcessArgs) -> anyhow::Result<Vec<String>> {
+    from_user(&args.env_file, &args.env, |name| std::env::var(name).ok())
+}
+
+/// `here` looks up our own.
+fn from_user(
     files: &[impl AsRef<Path>],
     given: &[String],
     here: impl Fn(&str) -> Option<String>,
