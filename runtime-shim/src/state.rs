@@ -7,6 +7,7 @@
 //! journal. While a directory is made or unmade its name says by which process, so
 //! that nobody finds half a sandbox. Lock order: one sandbox, then the names, never two of either.
 
+use crate::files;
 use crate::journal::{self, Journal, Taken};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -541,10 +542,7 @@ fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Stat
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(dir: &Path, name: &str) -> Option<T> {
-    use io::Read;
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(dir.join(name)).ok()?;
-    file.take(MAX_META).read_to_end(&mut bytes).ok()?;
+    let bytes = files::read(&dir.join(name), MAX_META).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 

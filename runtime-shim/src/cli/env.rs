@@ -1,6 +1,7 @@
 //! Environment variables for a container: `-e`, `--env-file`, the image's own.
 
 use super::args::ProcessArgs;
+use crate::files;
 use anyhow::{Context, bail};
 use std::path::Path;
 
@@ -21,7 +22,7 @@ fn from_user(
     let mut all = Vec::new();
     for file in files {
         let path = file.as_ref();
-        let text = read(path)
+        let text = files::read_text(path, MAX_FILE)
             .with_context(|| format!("can't read the environment file {}", path.display()))?;
         let parsed = parse_file(&text, &here)
             .with_context(|| format!("environment file {}", path.display()))?;
@@ -33,18 +34,6 @@ fn from_user(
         }
     }
     Ok(all)
-}
-
-fn read(path: &Path) -> anyhow::Result<String> {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    // What isn't a regular file has no size beforehand.
-    let file = std::fs::File::open(path)?;
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE {
-        bail!("it is too large; at most {MAX_FILE} bytes are accepted");
-    }
-    String::from_utf8(bytes).context("it is not UTF-8")
 }
 
 fn parse_file(text: &str, here: &impl Fn(&str) -> Option<String>) -> anyhow::Result<Vec<String>> {

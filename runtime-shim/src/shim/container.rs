@@ -6,6 +6,7 @@ use super::process::{Exit, Life, Process};
 use super::stdio::{Paths, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
+use crate::files;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
@@ -47,14 +48,6 @@ pub(super) enum ContainerError {
         path: PathBuf,
         /// The cause.
         source: serde_json::Error,
-    },
-    /// A file to be copied into the guest is too large.
-    #[error("{path} has {size} bytes; at most {MAX_FILE} can be copied into the guest")]
-    FileSize {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        size: u64,
     },
     /// The spec can't be run.
     #[error(transparent)]
@@ -415,23 +408,10 @@ fn read_spec(bundle: &Path) -> Result<Spec, ContainerError> {
 }
 
 fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ContainerError> {
-    use io::Read;
-    let error = |source| ContainerError::Bundle {
+    files::read(path, limit).map_err(|source| ContainerError::Bundle {
         path: path.to_owned(),
         source,
-    };
-    let file = std::fs::File::open(path).map_err(error)?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(error)?;
-    if bytes.len() as u64 > limit {
-        return Err(ContainerError::FileSize {
-            path: path.to_owned(),
-            size: bytes.len() as u64,
-        });
-    }
-    Ok(bytes)
+    })
 }
 
 fn create_request(id: &str, plan: &Plan) -> Result<proto::CreateContainerRequest, ContainerError> {

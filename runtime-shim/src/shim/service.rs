@@ -15,6 +15,7 @@ use casemate_protocol::agent as proto;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp::Timestamp};
 use containerd_shim_protos::shim_async::Task;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,11 +48,13 @@ pub(super) struct Service {
 
 fn code_of(error: &ContainerError) -> Code {
     match error {
+        ContainerError::Bundle { source, .. } if source.kind() == io::ErrorKind::FileTooLarge => {
+            Code::INVALID_ARGUMENT
+        }
         ContainerError::Bundle { .. } => Code::FAILED_PRECONDITION,
-        ContainerError::Spec { .. }
-        | ContainerError::FileSize { .. }
-        | ContainerError::Plan(_)
-        | ContainerError::Stdio(_) => Code::INVALID_ARGUMENT,
+        ContainerError::Spec { .. } | ContainerError::Plan(_) | ContainerError::Stdio(_) => {
+            Code::INVALID_ARGUMENT
+        }
         ContainerError::Call(CallError::Refused { code, .. }) => *code,
         ContainerError::Call(CallError::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
