@@ -9,6 +9,7 @@
 
 use crate::files;
 use crate::journal::{self, Journal, Taken};
+use crate::rpc::KILLED;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -418,7 +419,7 @@ impl SandboxDir {
                     status = Status {
                         state: State::Exited,
                         pid: 0,
-                        exit_code: 137,
+                        exit_code: KILLED,
                         error: "the processes that ran it were killed".into(),
                         ..status
                     };
@@ -628,7 +629,7 @@ mod tests {
         root.reclaim_dead().unwrap();
         let container = root.find("a").unwrap();
         assert_eq!(container.status.state, State::Exited);
-        assert_eq!(container.status.exit_code, 137);
+        assert_eq!(container.status.exit_code, KILLED);
     }
 
     #[test]

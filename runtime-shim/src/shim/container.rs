@@ -8,6 +8,7 @@ use super::timing::{self, Timing};
 use super::vm::VmError;
 use crate::files;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
+use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
 use oci_spec::runtime::Spec;
@@ -23,8 +24,6 @@ const MAX_SPEC: u64 = 2 << 20;
 const MAX_FILE: u64 = 1 << 20;
 /// Processes added to one container.
 const MAX_EXECS: usize = 1024;
-/// 128 + SIGKILL: what a process reports whose guest is gone.
-const KILLED: u32 = 137;
 /// A guest that doesn't answer a kill of its first process within this time hangs, and goes with it.
 const KILL_ANSWERS: Duration = Duration::from_secs(5);
 /// After the first process, the others of its PID namespace are gone too.
@@ -362,9 +361,6 @@ impl Container {
         self.sandbox.stop(discard).await;
     }
 }
-
-/// The signal that can't be caught.
-pub(super) const SIGKILL: u32 = rustix::process::Signal::KILL.as_raw() as u32;
 
 /// What the agent is told of an added process beside its spec.
 struct Hints {

@@ -1,14 +1,14 @@
 //! containerd's Task service for the one container of a sandbox.
 
 use super::agent::CallError;
-use super::container::{Container, ContainerError, Create, Observer, SIGKILL};
+use super::container::{Container, ContainerError, Create, Observer};
 use super::launch::Launch;
 use super::process::{Exit, Life, Process};
 use super::stats;
 use super::stdio::Paths;
 use crate::journal::Journal;
 use crate::plan::RootfsMount;
-use crate::rpc::{chain, status};
+use crate::rpc::{KILLED, SIGKILL, chain, status};
 use crate::settings::Settings;
 use async_trait::async_trait;
 use casemate_protocol::agent as proto;
@@ -283,7 +283,7 @@ impl Task for Service {
             .map_err(failed)?;
         // A process that was never started has nobody who waits for it in the guest.
         if process.life() == Life::Created && req.signal == SIGKILL {
-            process.set_exited(Exit::now(128 + SIGKILL));
+            process.set_exited(Exit::now(KILLED));
         }
         Ok(Empty::new())
     }
