@@ -4,13 +4,12 @@ use crate::config::{self, Confinement, Fd, VmConfig};
 use crate::confine::{self, ConfineError, Plan};
 use crate::control::{Message, Phase};
 use crate::control_socket::ControlSocket;
-use crate::ending::Outcome;
+use crate::ending::{Outcome, chain};
 use crate::event_loop::{EventLoop, termination_signals};
 use crate::exit_code;
 use crate::fds::{take, take_file};
 use crate::phases::Phases;
 use crate::vm::{self, Vm, io_error};
-use std::error::Error;
 use std::os::fd::OwnedFd;
 
 /// Descriptors that a VM opens besides those of its configuration: KVM's, epoll, signals.
@@ -93,15 +92,4 @@ fn enter_confinement(
             + PASSED_DESCRIPTORS,
     };
     confine::enter(&plan).map(drop)
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text += &format!(": {source}");
-        cause = source.source();
-    }
-    text
 }

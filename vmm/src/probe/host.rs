@@ -1,6 +1,7 @@
 //! What is missing on a host that can't run guests, and how to mend it.
 
 use super::ProbeError;
+use crate::ending::chain;
 use std::fs;
 use std::path::Path;
 
@@ -158,12 +159,6 @@ fn without_virtualization(error: &ProbeError, host: &HostFacts) -> (String, Stri
         format!("{}: the processor offers no virtualization", chain(error)),
         format!("Turn on {technique} in the firmware (BIOS). Some processors don't have it."),
     )
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |cause| cause.source())
-        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 #[cfg(test)]

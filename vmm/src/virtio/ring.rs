@@ -6,7 +6,9 @@
 //! alone until the driver resets the device.
 
 use super::buffers::Buffers;
-use super::{ActiveQueue, Interrupt};
+use super::{ActiveQueue, Interrupt, Watcher};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -93,6 +95,16 @@ impl Ring {
     /// Whether anything can come from this ring.
     pub fn usable(&self) -> bool {
         !self.broken
+    }
+
+    /// Has the driver's kicks watched, if anything can come from this ring.
+    pub fn watch(&self, watcher: &dyn Watcher, token: u64) -> io::Result<()> {
+        if self.usable() {
+            watcher.add(self.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
+            // Work may have come while nobody watched.
+            self.kick_self();
+        }
+        Ok(())
     }
 
     /// The driver's kicks.

@@ -486,11 +486,7 @@ impl Device for Vsock {
         // Its connections end in the event loop: closing sockets isn't for a vCPU's thread.
         self.stale = rx.fresh() && tx.fresh();
         for (ring, token) in [(&rx, TOKEN_RX), (&tx, TOKEN_TX), (&event, TOKEN_EVENT)] {
-            if ring.usable() {
-                watcher.add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
-                // Work may have come while nobody watched.
-                ring.kick_self();
-            }
+            ring.watch(watcher.as_ref(), token)?;
         }
         if !self.stale {
             let ids: Vec<u64> = self.table.by_id.keys().copied().collect();
