@@ -233,6 +233,19 @@ impl Guest {
         self.try_start(id).await.unwrap();
     }
 
+    /// Creates as requested, starts, waits.
+    pub(crate) async fn run_as_requested(
+        &self,
+        request: &CreateContainerRequest,
+        streams: Streams,
+    ) -> Output {
+        let created = self.client.create_container(ctx(), request).await;
+        created.unwrap();
+        let collected = streams.accept().await;
+        self.start_container(&request.id).await;
+        collected.finish(self, &request.id, "", b"").await
+    }
+
     /// Creates and starts.
     pub(crate) async fn started(&self, id: &str, spec: &Value) -> Collected {
         let collected = self.create(id, spec).await.unwrap().accept().await;

@@ -31,14 +31,7 @@ async fn run_mounts_binds_and_files_arrive() {
         content: b"127.0.0.1 me\n".into(),
         ..Default::default()
     });
-    guest
-        .client
-        .create_container(ctx(), &request)
-        .await
-        .unwrap();
-    let collected = streams.accept().await;
-    guest.start_container("m").await;
-    let output = collected.finish(&guest, "m", "", b"").await;
+    let output = guest.run_as_requested(&request, streams).await;
     assert!(
         output
             .stdout

@@ -63,14 +63,7 @@ async fn run_image_user_is_looked_up_in_the_container() {
     let streams = guest.streams(false);
     let mut request = guest.request("u", &shell("id; echo $HOME"), &streams);
     request.user = "web".into();
-    guest
-        .client
-        .create_container(ctx(), &request)
-        .await
-        .unwrap();
-    let collected = streams.accept().await;
-    guest.start_container("u").await;
-    let output = collected.finish(&guest, "u", "", b"").await;
+    let output = guest.run_as_requested(&request, streams).await;
     assert_eq!(
         output.stdout,
         "uid=1000(web) gid=1001(web) groups=1234(extra)\n/home/web\n"

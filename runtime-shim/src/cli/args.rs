@@ -396,6 +396,18 @@ pub(super) struct CheckArgs {
 }
 
 #[cfg(test)]
+impl RunArgs {
+    /// The arguments of a `casemate run` with these words.
+    pub(super) fn of(line: &str) -> Self {
+        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
+        match Cli::parse_from(words).command {
+            Command::Run(run) => *run,
+            _ => panic!("not run"),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;

@@ -384,28 +384,18 @@ pub(super) fn not_started(error: ttrpc::Error) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use super::super::args::{Cli, Command};
     use super::*;
-    use clap::Parser;
-
-    fn args(line: &str) -> RunArgs {
-        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
-        match Cli::parse_from(words).command {
-            Command::Run(run) => *run,
-            _ => panic!("not run"),
-        }
-    }
 
     #[test]
     fn check_names_of_bad_names_is_refused() {
         for name in ["a", "../x", ".hidden", "a/b", "-x"] {
             assert!(
-                check_names(&args(&format!("--name={name} i"))).is_err(),
+                check_names(&RunArgs::of(&format!("--name={name} i"))).is_err(),
                 "{name}"
             );
         }
-        check_names(&args("--name web-1.a_b i")).unwrap();
-        assert!(check_names(&args("--hostname a/b i")).is_err());
+        check_names(&RunArgs::of("--name web-1.a_b i")).unwrap();
+        assert!(check_names(&RunArgs::of("--hostname a/b i")).is_err());
     }
 
     #[test]

@@ -306,17 +306,7 @@ pub(super) fn build(
 
 #[cfg(test)]
 mod tests {
-    use super::super::args::{Cli, Command};
     use super::*;
-    use clap::Parser;
-
-    fn args(line: &str) -> RunArgs {
-        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
-        match Cli::parse_from(words).command {
-            Command::Run(run) => *run,
-            _ => panic!("not run"),
-        }
-    }
 
     fn image(config: Value) -> ImageConfiguration {
         serde_json::from_value(json!({
@@ -327,7 +317,7 @@ mod tests {
     }
 
     fn built(line: &str, config: Value) -> anyhow::Result<Value> {
-        let args = args(line);
+        let args = RunArgs::of(line);
         let given = Given {
             id: "0123456789abcdef0123",
             bundle: Path::new("/b"),
