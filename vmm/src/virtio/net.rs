@@ -435,11 +435,8 @@ impl Device for Net {
             watcher,
         } = activation;
         let memory = Arc::new(memory);
-        let queues: [ActiveQueue; 2] = queues
-            .try_into()
-            .map_err(|_| io::Error::other("virtio-net takes exactly two queues"))?;
         let has = |bit: u32| features & 1 << bit != 0;
-        let [rx, tx] = queues.map(|queue| Ring::new(&memory, queue, has(VIRTIO_RING_F_EVENT_IDX)));
+        let [rx, tx] = Ring::all(&memory, queues, features)?;
         for (ring, token) in [(&rx, TOKEN_RX), (&tx, TOKEN_TX)] {
             ring.watch(watcher.as_ref(), token)?;
         }

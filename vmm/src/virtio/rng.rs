@@ -92,10 +92,7 @@ impl Device for Rng {
             watcher,
         } = activation;
         let memory = Arc::new(memory);
-        let [queue]: [ActiveQueue; 1] = queues
-            .try_into()
-            .map_err(|_| io::Error::other("virtio-rng takes exactly one queue"))?;
-        let ring = Ring::new(&memory, queue, features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        let [ring] = Ring::all(&memory, queues, features)?;
         ring.watch(watcher.as_ref(), 0)?;
         self.active = Some(Active {
             ring,
