@@ -35,7 +35,8 @@ pub fn run(config: &VmConfig, mut phases: Phases) -> Outcome {
         config.devices(),
     );
     if let Err(error) = confined {
-        return Outcome::new(exit_code::START_FAILED, chain(&error));
+        // Its text tells the cause already, before the advice.
+        return Outcome::new(exit_code::START_FAILED, error.to_string());
     }
     phases.reached(Phase::Confined);
     let control = match config.control.map(take).transpose() {
