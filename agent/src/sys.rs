@@ -294,7 +294,7 @@ pub(crate) fn set_io_priority(class: u32, level: u32) -> io::Result<()> {
 
 /// `struct sched_attr`, its first version.
 #[repr(C)]
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SchedAttr {
     pub(crate) size: u32,
     pub(crate) policy: u32,

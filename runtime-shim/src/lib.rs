@@ -8,6 +8,7 @@
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod fds;
+pub mod files;
 pub mod journal;
 pub mod log;
 pub mod paths;

@@ -1,8 +1,15 @@
-//! The little that both ends of the Task API share: errors and connections.
+//! The little that both ends of the Task API share: errors, connections, signals.
 
 use std::io;
 use std::time::Duration;
 use ttrpc::proto::{Code, Status};
+
+/// Signals as the Task API and the agent number them.
+pub const SIGKILL: u32 = libc::SIGKILL as u32;
+/// The polite one.
+pub const SIGTERM: u32 = libc::SIGTERM as u32;
+/// The exit code of whatever SIGKILL ended, or of a process whose guest is gone.
+pub const KILLED: u32 = 128 + SIGKILL;
 
 /// An error with a status code that containerd understands.
 pub fn status(code: Code, message: impl ToString) -> ttrpc::Error {

@@ -9,7 +9,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags, SeekFrom};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Ext4 below this has no room for its own metadata.
 pub const MIN_SIZE: u64 = 16 << 20;
@@ -218,13 +218,11 @@ fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError
     let image = work.join("image");
     let file = std::fs::File::create(&image).map_err(io_error("create", &image))?;
     file.set_len(size).map_err(io_error("create", &image))?;
-    let output = Command::new("mke2fs")
+    let output = mke2fs(&search_path())
         .args(FORMAT)
         .arg("-d")
         .arg(&tree)
         .arg(&image)
-        // Distributions keep it out of a user's PATH.
-        .env("PATH", search_path())
         // An inode count and times that don't depend on the day.
         .env("E2FSPROGS_FAKE_TIME", "1")
         .output()
@@ -241,7 +239,20 @@ fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError
     std::fs::rename(&image, path).map_err(io_error("rename to", path))
 }
 
-fn search_path() -> String {
+/// Whether `mke2fs` can be run: each new size of scratch disks needs it.
+pub fn try_mke2fs(search_path: &str) -> io::Result<()> {
+    mke2fs(search_path).arg("-V").output().map(drop)
+}
+
+fn mke2fs(search_path: &str) -> Command {
+    let mut command = Command::new("mke2fs");
+    // No /dev/null, which a bare /dev lacks: its absence would look like that of mke2fs.
+    command.env("PATH", search_path).stdin(Stdio::piped());
+    command
+}
+
+/// Where `mke2fs` may be: distributions keep it out of a user's PATH.
+pub fn search_path() -> String {
     let path = std::env::var("PATH").unwrap_or_default();
     format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin")
 }

@@ -4,7 +4,7 @@
 //! `CASEMATE_STATE`, `CASEMATE_DATA` and `CASEMATE_START_TIMEOUT` win over both.
 
 use crate::plan::MAX_VCPUS;
-use crate::{paths, size};
+use crate::{files, paths, size};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -121,7 +121,9 @@ impl Settings {
             kernel: file.kernel.unwrap_or_else(|| install.kernel()),
             initrd: file.initrd.unwrap_or_else(|| install.initrd()),
             vmm: file.vmm.unwrap_or_else(|| install.vmm()),
-            kvm: file.kvm.unwrap_or_else(|| "/dev/kvm".into()),
+            kvm: file
+                .kvm
+                .unwrap_or_else(|| casemate_vmm::probe::DEVICE.into()),
             shim: file.shim.unwrap_or_else(|| install.shim()),
             state_dir: env("CASEMATE_STATE")
                 .map(PathBuf::from)
@@ -142,15 +144,8 @@ impl Settings {
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, SettingsError> {
-    use std::io::Read;
-    let mut text = String::new();
-    let read = std::fs::File::open(path).and_then(|f| f.take(MAX_FILE).read_to_string(&mut text));
-    match read {
-        Ok(length) if length as u64 == MAX_FILE => Err(SettingsError::Parse {
-            path: path.to_owned(),
-            message: format!("it is too large; at most {MAX_FILE} bytes are accepted"),
-        }),
-        Ok(_) => Ok(Some(text)),
+    match files::read_text(path, MAX_FILE) {
+        Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(SettingsError::Read {
             path: path.to_owned(),

@@ -7,7 +7,9 @@
 //! journal. While a directory is made or unmade its name says by which process, so
 //! that nobody finds half a sandbox. Lock order: one sandbox, then the names, never two of either.
 
+use crate::files;
 use crate::journal::{self, Journal, Taken};
+use crate::rpc::KILLED;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -417,7 +419,7 @@ impl SandboxDir {
                     status = Status {
                         state: State::Exited,
                         pid: 0,
-                        exit_code: 137,
+                        exit_code: KILLED,
                         error: "the processes that ran it were killed".into(),
                         ..status
                     };
@@ -541,10 +543,7 @@ fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Stat
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(dir: &Path, name: &str) -> Option<T> {
-    use io::Read;
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(dir.join(name)).ok()?;
-    file.take(MAX_META).read_to_end(&mut bytes).ok()?;
+    let bytes = files::read(&dir.join(name), MAX_META).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 
@@ -630,7 +629,7 @@ mod tests {
         root.reclaim_dead().unwrap();
         let container = root.find("a").unwrap();
         assert_eq!(container.status.state, State::Exited);
-        assert_eq!(container.status.exit_code, 137);
+        assert_eq!(container.status.exit_code, KILLED);
     }
 
     #[test]

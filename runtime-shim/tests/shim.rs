@@ -1,7 +1,7 @@
 //! The shim against a fake VMM and agent: its Task API, and what a hostile guest can't do to it.
 
 use casemate::fds;
-use casemate::rpc;
+use casemate::rpc::{self, KILLED, SIGKILL, SIGTERM};
 use casemate::state::{Meta, SandboxDir, StateRoot};
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::TaskClient;
@@ -305,7 +305,7 @@ async fn container_lives_and_ends_as_the_task_api_says() {
     assert_eq!(f.wait("").await, 0);
     assert_eq!(read_exactly(out, 6).await, b"hello\n");
     assert_eq!(f.state().await.unwrap().status, api::Status::STOPPED.into());
-    assert_eq!(code(f.kill(9).await), Code::NOT_FOUND);
+    assert_eq!(code(f.kill(SIGKILL).await), Code::NOT_FOUND);
     f.delete().await.unwrap();
     assert!(gone_soon(pid as i32));
     assert_eq!(code(f.state().await), Code::NOT_FOUND);
@@ -355,8 +355,8 @@ async fn exec_adds_a_process_with_streams_of_its_own() {
     assert_eq!(f.wait("e1").await, 0);
     assert_eq!(read_exactly(out, 5).await, b"more\n");
     assert_eq!(code(f.delete().await), Code::FAILED_PRECONDITION);
-    f.kill(15).await.unwrap();
-    assert_eq!(f.wait("").await, 143);
+    f.kill(SIGTERM).await.unwrap();
+    assert_eq!(f.wait("").await, 128 + SIGTERM);
 }
 
 #[tokio::test]
@@ -420,7 +420,7 @@ async fn guest_that_crashes_ends_the_container_with_its_reason() {
     let f = Fixture::new("plays", &["crash"]);
     f.create("", "").await.unwrap();
     f.start("").await.unwrap();
-    assert_eq!(f.wait("").await, 137);
+    assert_eq!(f.wait("").await, KILLED);
     let status = f.root.find(ID).unwrap().status;
     assert!(status.error.contains("kernel panicked"), "{status:?}");
 }
@@ -432,7 +432,7 @@ async fn killed_vmm_ends_the_container() {
     f.start("").await.unwrap();
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    assert_eq!(f.wait("").await, 137);
+    assert_eq!(f.wait("").await, KILLED);
 }
 
 #[tokio::test]

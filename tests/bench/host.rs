@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use casemate_tests::fixture::{self, Compression, Image, Layer, Layout};
@@ -247,7 +247,7 @@ impl Bench {
             load.args(["load", "-i"]).arg(&archive);
             load.env("CASEMATE_DATA", &store)
                 .env("CASEMATE_STATE", self.dir.join("state"));
-            done(load)?;
+            done(&mut load)?;
             fs::remove_file(archive)?;
             fs::remove_dir_all(layout)?;
         }
@@ -276,7 +276,7 @@ impl Bench {
             "-C",
             "target-feature=+crt-static",
         ]);
-        done(cargo)?;
+        done(&mut cargo)?;
         let target = std::env::var_os("CARGO_TARGET_DIR")
             .map_or_else(|| self.root.join("target"), PathBuf::from);
         Ok(target.join(TRIPLE).join("agent").join(name))
@@ -294,7 +294,7 @@ fn write_bundle(bundle: &Path) -> Result<()> {
     std::os::unix::fs::symlink("busybox", bin.join("true"))?;
     let mut spec = Command::new("runc");
     spec.args(["spec", "--bundle"]).arg(bundle);
-    done(spec).context("runc (Debian package) is needed for run_vs_runc")?;
+    done(&mut spec).context("runc (Debian package) is needed for run_vs_runc")?;
     let file = bundle.join("config.json");
     let mut document: serde_json::Value = serde_json::from_slice(&fs::read(&file)?)?;
     document["process"]["args"] = serde_json::json!(["/bin/true"]);
@@ -328,13 +328,13 @@ fn fio_layer() -> Result<fixture::BuiltLayer> {
     Ok(layer.file("fio", 0o644, bytes).build(Compression::None))
 }
 
-fn done(mut command: Command) -> Result<()> {
+/// The output of a program that must succeed.
+pub(crate) fn done(command: &mut Command) -> Result<Output> {
     let out = command
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("start {command:?}"))?;
-    if !out.status.success() {
-        bail!("{command:?}: {}", String::from_utf8_lossy(&out.stderr));
-    }
-    Ok(())
+    let words = String::from_utf8_lossy(&out.stderr);
+    ensure!(out.status.success(), "{command:?}: {words}");
+    Ok(out)
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::figures::Figure;
+use crate::host::done;
 use crate::vmm::{self, Files};
 
 /// Where `casemate` runs: its tree and a store with the bench's images.
@@ -176,7 +177,7 @@ pub(crate) fn block(at: &Installed, samples: usize) -> Result<()> {
     let host = || {
         let mut command = Command::new("fio");
         command.arg(format!("--filename={}", host_file.display()));
-        fio(command.stdin(Stdio::null()), ["64m", "256m"])
+        fio(&mut command, ["64m", "256m"])
     };
     let samples: Vec<_> = (0..samples.min(3))
         .map(|_| Ok((guest()?, host()?)))
@@ -208,14 +209,7 @@ fn fio(command: &mut Command, amounts: [&str; 2]) -> Result<[f64; 2]> {
     command.arg(format!("--io_size={}", amounts[0]));
     command.args(["--name=sequential", "--stonewall", "--rw=read", "--bs=1m"]);
     command.arg(format!("--io_size={}", amounts[1]));
-    let out = command
-        .output()
-        .with_context(|| format!("start {command:?}"))?;
-    ensure!(
-        out.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    let out = done(command)?;
     let text = String::from_utf8_lossy(&out.stdout);
     // Notes may come before the document.
     let document: serde_json::Value =

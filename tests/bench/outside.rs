@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use casemate_tests::fixture::{Compression, Image, Layer, Layout};
 use casemate_tests::registry::Registry;
 
 use crate::figures::Figure;
+use crate::host::done;
 
 const LAYERS: usize = 6;
 const LAYER_BYTES: u64 = 50 << 20;
@@ -30,7 +31,7 @@ pub(crate) fn erofs_vs_unpack(casemate: &Path, samples: usize) -> Result<Figure>
     ]);
     push.arg(format!("oci:{}", layout.display()))
         .arg(format!("docker://{name}"));
-    done(push)?;
+    done(&mut push)?;
 
     let mut pairs = Vec::new();
     // The first pair does not count: the registry's files come into the page cache.
@@ -41,7 +42,7 @@ pub(crate) fn erofs_vs_unpack(casemate: &Path, samples: usize) -> Result<Figure>
         pull.args(["pull", &name])
             .env("CASEMATE_DATA", &data)
             .env("CASEMATE_STATE", dir.path().join("state"));
-        done(pull)?;
+        done(&mut pull)?;
         let ours = begun.elapsed().as_secs_f64();
 
         let copy = fresh(dir.path(), "copy")?;
@@ -54,7 +55,7 @@ pub(crate) fn erofs_vs_unpack(casemate: &Path, samples: usize) -> Result<Figure>
             &format!("docker://{name}"),
         ]);
         skopeo.arg(format!("oci:{}:latest", copy.join("oci").display()));
-        done(skopeo)?;
+        done(&mut skopeo)?;
         let mut umoci = Command::new("umoci");
         umoci.args([
             "unpack",
@@ -62,7 +63,7 @@ pub(crate) fn erofs_vs_unpack(casemate: &Path, samples: usize) -> Result<Figure>
             &format!("{}:latest", copy.join("oci").display()),
         ]);
         umoci.arg(copy.join("bundle"));
-        done(umoci)?;
+        done(&mut umoci)?;
         let theirs = begun.elapsed().as_secs_f64();
         if sample > 0 {
             pairs.push((ours, theirs));
@@ -118,17 +119,4 @@ fn fresh(dir: &Path, name: &str) -> Result<PathBuf> {
     }
     fs::create_dir(&path)?;
     Ok(path)
-}
-
-fn done(mut command: Command) -> Result<()> {
-    let out = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("start {command:?}"))?;
-    ensure!(
-        out.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    Ok(())
 }

@@ -1,6 +1,7 @@
 //! How a VM ends: whoever knows first says it, the event loop acts on it.
 
 use std::io;
+use std::iter;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -22,6 +23,12 @@ impl Outcome {
             reason: reason.into(),
         }
     }
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    iter::successors(error.source(), |cause| cause.source())
+        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Keeps the first outcome and wakes the event loop.

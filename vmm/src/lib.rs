@@ -28,4 +28,4 @@ pub mod vcpu;
 pub mod virtio;
 pub mod vm;
 
-pub use run::{read_config, run};
+pub use run::{probe_confinement, read_config, run};

@@ -3,14 +3,16 @@
 use anyhow::{Context, Result, bail};
 use casemate_vmm::control::Phase;
 use casemate_vmm::phases::Phases;
-use casemate_vmm::{exit_code, probe, read_config, run};
+use casemate_vmm::{exit_code, probe, probe_confinement, read_config, run};
+use std::path::Path;
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: casemate-vmm --config-fd N | --probe | --version";
+const USAGE: &str = "usage: casemate-vmm --config-fd N | --probe | --probe-confinement | --version";
 
 enum Mode {
     Run { config_fd: i32 },
     Probe,
+    ProbeConfinement,
     Version,
 }
 
@@ -20,6 +22,7 @@ fn main() -> ExitCode {
     let code = match parse(std::env::args().skip(1)) {
         Ok(Mode::Run { config_fd }) => run_vm(config_fd, phases),
         Ok(Mode::Probe) => probe_host(),
+        Ok(Mode::ProbeConfinement) => try_confinement(),
         Ok(Mode::Version) => {
             println!("casemate-vmm {}", env!("CARGO_PKG_VERSION"));
             0
@@ -43,6 +46,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Mode> {
             Ok(Mode::Run { config_fd })
         }
         ["--probe"] => Ok(Mode::Probe),
+        ["--probe-confinement"] => Ok(Mode::ProbeConfinement),
         ["--version"] => Ok(Mode::Version),
         _ => bail!("unknown arguments: {}", arguments.join(" ")),
     }
@@ -50,13 +54,24 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Mode> {
 
 /// Says whether KVM runs a normal guest here, and if not, why and what to do.
 fn probe_host() -> u8 {
-    match probe::check() {
+    match probe::check(Path::new(probe::DEVICE)) {
         Ok(()) => {
             println!("KVM runs a normal guest on this host");
             0
         }
         Err(error) => {
             eprintln!("{}", probe::diagnose(&error, &probe::HostFacts::read()));
+            1
+        }
+    }
+}
+
+/// Says, if a VMM can't confine itself here, why and what to do.
+fn try_confinement() -> u8 {
+    match probe_confinement() {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("{error}");
             1
         }
     }

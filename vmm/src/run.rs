@@ -1,22 +1,23 @@
 //! The life of a VMM process: confined, booted, served until the guest ends.
 
-use crate::config::{self, Fd, VmConfig};
+use crate::config::{self, Confinement, Fd, VmConfig};
 use crate::confine::{self, ConfineError, Plan};
 use crate::control::{Message, Phase};
 use crate::control_socket::ControlSocket;
-use crate::ending::Outcome;
+use crate::ending::{Outcome, chain};
 use crate::event_loop::{EventLoop, termination_signals};
 use crate::exit_code;
 use crate::fds::{take, take_file};
 use crate::phases::Phases;
 use crate::vm::{self, Vm, io_error};
-use std::error::Error;
 use std::os::fd::OwnedFd;
 
 /// Descriptors that a VM opens besides those of its configuration: KVM's, epoll, signals.
 const OWN_DESCRIPTORS: u32 = 16;
 /// Per device: its interrupt, its queues' kicks, a timer or two.
 const DESCRIPTORS_PER_DEVICE: u32 = 12;
+/// Two disks, vsock, entropy, a balloon.
+const PROBED_DEVICES: usize = 5;
 /// What one control packet may bring, twice: a swap holds the old and the new files.
 const PASSED_DESCRIPTORS: u32 = 2 * 253;
 
@@ -27,8 +28,15 @@ pub fn read_config(fd: Fd) -> Result<VmConfig, config::Error> {
 
 /// Runs the VM to its end, whatever that is.
 pub fn run(config: &VmConfig, mut phases: Phases) -> Outcome {
-    if let Err(error) = enter_confinement(config) {
-        return Outcome::new(exit_code::START_FAILED, chain(&error));
+    let confined = enter_confinement(
+        config.confinement,
+        &config.descriptors(),
+        config.vcpus,
+        config.devices(),
+    );
+    if let Err(error) = confined {
+        // Its text tells the cause already, before the advice.
+        return Outcome::new(exit_code::START_FAILED, error.to_string());
     }
     phases.reached(Phase::Confined);
     let control = match config.control.map(take).transpose() {
@@ -64,27 +72,25 @@ fn start(config: &VmConfig, phases: &mut Phases) -> Result<(Vm, OwnedFd), vm::Er
     Ok((vm, signals))
 }
 
-fn enter_confinement(config: &VmConfig) -> Result<(), ConfineError> {
-    let keep_fds = config.descriptors();
+/// Confines the process for good, as if for a small VM: does this host let a VMM do so?
+pub fn probe_confinement() -> Result<(), ConfineError> {
+    enter_confinement(Confinement::Full, &[], 1, PROBED_DEVICES)
+}
+
+fn enter_confinement(
+    level: Confinement,
+    keep_fds: &[Fd],
+    vcpus: u8,
+    devices: usize,
+) -> Result<(), ConfineError> {
     let plan = Plan {
-        level: config.confinement,
-        keep_fds: &keep_fds,
+        level,
+        keep_fds,
         max_open_files: keep_fds.len() as u32
             + OWN_DESCRIPTORS
-            + u32::from(config.vcpus)
-            + DESCRIPTORS_PER_DEVICE * config.devices() as u32
+            + u32::from(vcpus)
+            + DESCRIPTORS_PER_DEVICE * devices as u32
             + PASSED_DESCRIPTORS,
     };
     confine::enter(&plan).map(drop)
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text += &format!(": {source}");
-        cause = source.source();
-    }
-    text
 }

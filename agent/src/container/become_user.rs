@@ -136,17 +136,7 @@ fn schedule(plan: &Plan) -> Result<()> {
     if let Some((class, level)) = plan.io_priority {
         crate::sys::set_io_priority(class, level).attempt(|| "apply process.ioPriority".into())?;
     }
-    if let Some(s) = plan.scheduler {
-        let attr = crate::sys::SchedAttr {
-            size: 0,
-            policy: s.policy,
-            flags: s.flags,
-            nice: s.nice,
-            priority: s.priority,
-            runtime: s.runtime,
-            deadline: s.deadline,
-            period: s.period,
-        };
+    if let Some(attr) = plan.scheduler {
         crate::sys::set_scheduler(attr).attempt(|| "apply process.scheduler".into())?;
     }
     if let Some(cpus) = &plan.cpus {

@@ -12,6 +12,7 @@ use rustix::thread::CpuSet;
 
 use super::spec::Process;
 use crate::error::{Error, Result};
+use crate::sys::SchedAttr;
 
 /// Most bytes of a user string: names are short, so a long one is a mistake.
 const MAX_USER: usize = 256;
@@ -33,7 +34,7 @@ pub(crate) struct Plan {
     pub(crate) rlimits: Vec<(Resource, Rlimit)>,
     pub(crate) oom_score_adj: Option<i32>,
     pub(crate) terminal: bool,
-    pub(crate) scheduler: Option<Sched>,
+    pub(crate) scheduler: Option<SchedAttr>,
     /// Class and level.
     pub(crate) io_priority: Option<(u32, u32)>,
     pub(crate) cpus: Option<CpuSet>,
@@ -47,18 +48,6 @@ pub(crate) struct CapSets {
     pub(crate) inheritable: u64,
     pub(crate) permitted: u64,
     pub(crate) ambient: u64,
-}
-
-/// Scheduling as the kernel wants it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Sched {
-    pub(crate) policy: u32,
-    pub(crate) flags: u64,
-    pub(crate) nice: i32,
-    pub(crate) priority: u32,
-    pub(crate) runtime: u64,
-    pub(crate) deadline: u64,
-    pub(crate) period: u64,
 }
 
 impl Plan {
@@ -115,7 +104,7 @@ impl Plan {
                     .or(fallback.and_then(|p| p.oom_score_adj)),
             )?,
             terminal: process.terminal,
-            scheduler: process.scheduler.as_ref().map(Sched::of).transpose()?,
+            scheduler: process.scheduler.as_ref().map(scheduling).transpose()?,
             io_priority: process
                 .io_priority
                 .as_ref()
@@ -263,43 +252,42 @@ fn cpu_list(list: &str) -> Result<CpuSet> {
     Ok(set)
 }
 
-impl Sched {
-    fn of(scheduler: &Scheduler) -> Result<Self> {
-        let policy = match scheduler.policy() {
-            LinuxSchedulerPolicy::SchedOther => 0,
-            LinuxSchedulerPolicy::SchedFifo => 1,
-            LinuxSchedulerPolicy::SchedRr => 2,
-            LinuxSchedulerPolicy::SchedBatch => 3,
-            LinuxSchedulerPolicy::SchedIso => {
-                return Err(Error::unsupported(
-                    "process.scheduler: Linux has no SCHED_ISO",
-                ));
-            }
-            LinuxSchedulerPolicy::SchedIdle => 5,
-            LinuxSchedulerPolicy::SchedDeadline => 6,
-        };
-        let flags = scheduler.flags().iter().flatten().fold(0, |all, flag| {
-            all | match flag {
-                LinuxSchedulerFlag::SchedResetOnFork => 0x01,
-                LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
-                LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
-                LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
-                LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
-                LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
-                LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
-            }
-        });
-        Ok(Self {
-            policy,
-            flags,
-            nice: scheduler.nice().unwrap_or_default(),
-            priority: u32::try_from(scheduler.priority().unwrap_or_default())
-                .map_err(|_| Error::invalid("process.scheduler.priority must not be negative"))?,
-            runtime: scheduler.runtime().unwrap_or_default(),
-            deadline: scheduler.deadline().unwrap_or_default(),
-            period: scheduler.period().unwrap_or_default(),
-        })
-    }
+fn scheduling(scheduler: &Scheduler) -> Result<SchedAttr> {
+    let policy = match scheduler.policy() {
+        LinuxSchedulerPolicy::SchedOther => 0,
+        LinuxSchedulerPolicy::SchedFifo => 1,
+        LinuxSchedulerPolicy::SchedRr => 2,
+        LinuxSchedulerPolicy::SchedBatch => 3,
+        LinuxSchedulerPolicy::SchedIso => {
+            return Err(Error::unsupported(
+                "process.scheduler: Linux has no SCHED_ISO",
+            ));
+        }
+        LinuxSchedulerPolicy::SchedIdle => 5,
+        LinuxSchedulerPolicy::SchedDeadline => 6,
+    };
+    let flags = scheduler.flags().iter().flatten().fold(0, |all, flag| {
+        all | match flag {
+            LinuxSchedulerFlag::SchedResetOnFork => 0x01,
+            LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
+            LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
+            LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
+            LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
+            LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
+            LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
+        }
+    });
+    Ok(SchedAttr {
+        size: 0, // the call states it
+        policy,
+        flags,
+        nice: scheduler.nice().unwrap_or_default(),
+        priority: u32::try_from(scheduler.priority().unwrap_or_default())
+            .map_err(|_| Error::invalid("process.scheduler.priority must not be negative"))?,
+        runtime: scheduler.runtime().unwrap_or_default(),
+        deadline: scheduler.deadline().unwrap_or_default(),
+        period: scheduler.period().unwrap_or_default(),
+    })
 }
 
 /// The bits for personality(2).

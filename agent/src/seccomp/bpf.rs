@@ -113,55 +113,30 @@ fn test(condition: &Condition) -> Vec<(sock_filter, To, To)> {
     let load = |offset| (insn(LD_ABS, 0, 0, offset), Next, Next);
     let jump = |code, k, jt, jf| (insn(code, 0, 0, k), jt, jf);
     let (load_low, load_high) = (load(offset), load(offset + 4));
+    let equal = |yes, no| {
+        vec![
+            load_high,
+            jump(JEQ, high, Next, no),
+            load_low,
+            jump(JEQ, low, yes, no),
+        ]
+    };
+    let ordered = |low_half, above, below| {
+        vec![
+            load_high,
+            jump(JGT, high, above, Next),
+            jump(JEQ, high, Next, below),
+            load_low,
+            jump(low_half, low, above, below),
+        ]
+    };
     match condition.op {
-        Op::ScmpCmpEq => vec![
-            load_high,
-            jump(JEQ, high, Next, Fails),
-            load_low,
-            jump(JEQ, low, Holds, Fails),
-        ],
-        Op::ScmpCmpNe => vec![
-            load_high,
-            jump(JEQ, high, Next, Holds),
-            load_low,
-            jump(JEQ, low, Fails, Holds),
-        ],
-        Op::ScmpCmpGt => {
-            vec![
-                load_high,
-                jump(JGT, high, Holds, Next),
-                jump(JEQ, high, Next, Fails),
-                load_low,
-                jump(JGT, low, Holds, Fails),
-            ]
-        }
-        Op::ScmpCmpGe => {
-            vec![
-                load_high,
-                jump(JGT, high, Holds, Next),
-                jump(JEQ, high, Next, Fails),
-                load_low,
-                jump(JGE, low, Holds, Fails),
-            ]
-        }
-        Op::ScmpCmpLt => {
-            vec![
-                load_high,
-                jump(JGT, high, Fails, Next),
-                jump(JEQ, high, Next, Holds),
-                load_low,
-                jump(JGE, low, Fails, Holds),
-            ]
-        }
-        Op::ScmpCmpLe => {
-            vec![
-                load_high,
-                jump(JGT, high, Fails, Next),
-                jump(JEQ, high, Next, Holds),
-                load_low,
-                jump(JGT, low, Fails, Holds),
-            ]
-        }
+        Op::ScmpCmpEq => equal(Holds, Fails),
+        Op::ScmpCmpNe => equal(Fails, Holds),
+        Op::ScmpCmpGt => ordered(JGT, Holds, Fails),
+        Op::ScmpCmpGe => ordered(JGE, Holds, Fails),
+        Op::ScmpCmpLt => ordered(JGE, Fails, Holds),
+        Op::ScmpCmpLe => ordered(JGT, Fails, Holds),
         Op::ScmpCmpMaskedEq => {
             let want = condition.value_two;
             vec![

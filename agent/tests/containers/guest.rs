@@ -39,10 +39,12 @@ pub(crate) fn ctx() -> ttrpc::context::Context {
     ttrpc::context::with_timeout(PATIENCE.as_nanos() as i64)
 }
 
-pub(crate) fn code(error: ttrpc::Error) -> (ttrpc::Code, String) {
-    match error {
-        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
-        other => panic!("not a status: {other:?}"),
+/// The code and the message of a refusal, which the answer must be.
+pub(crate) fn refusal<T>(answer: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match answer {
+        Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
+        Err(other) => panic!("not a status: {other:?}"),
+        Ok(_) => panic!("not refused"),
     }
 }
 
@@ -201,29 +203,11 @@ impl Guest {
     ) -> ttrpc::Result<Output> {
         let streams = self.create(id, spec).await?;
         let collected = streams.accept().await;
-        let started = self
-            .client
-            .start_container(
-                ctx(),
-                &agent::StartContainerRequest {
-                    id: id.into(),
-                    ..Default::default()
-                },
-            )
-            .await;
-        let output = match started {
+        let output = match self.try_start(id).await {
             Ok(_) => Ok(collected.finish(self, id, "", input).await),
             Err(error) => Err(error),
         };
-        self.client
-            .delete_container(
-                ctx(),
-                &agent::ContainerRequest {
-                    id: id.into(),
-                    ..Default::default()
-                },
-            )
-            .await?;
+        self.delete(id).await;
         output
     }
 
@@ -237,30 +221,59 @@ impl Guest {
         self.run_with(&id, &spec(args), b"").await.unwrap()
     }
 
+    async fn try_start(&self, id: &str) -> ttrpc::Result<agent::StartContainerResponse> {
+        let request = agent::StartContainerRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.client.start_container(ctx(), &request).await
+    }
+
     pub(crate) async fn start_container(&self, id: &str) {
-        self.client
-            .start_container(
-                ctx(),
-                &agent::StartContainerRequest {
-                    id: id.into(),
-                    ..Default::default()
-                },
-            )
-            .await
-            .unwrap();
+        self.try_start(id).await.unwrap();
+    }
+
+    /// Creates as requested, starts, waits.
+    pub(crate) async fn run_as_requested(
+        &self,
+        request: &CreateContainerRequest,
+        streams: Streams,
+    ) -> Output {
+        let created = self.client.create_container(ctx(), request).await;
+        created.unwrap();
+        let collected = streams.accept().await;
+        self.start_container(&request.id).await;
+        collected.finish(self, &request.id, "", b"").await
+    }
+
+    /// Creates and starts.
+    pub(crate) async fn started(&self, id: &str, spec: &Value) -> Collected {
+        let collected = self.create(id, spec).await.unwrap().accept().await;
+        self.start_container(id).await;
+        collected
+    }
+
+    /// Starts a container that lasts until it is ended.
+    pub(crate) async fn sleeping(&self, id: &str) -> Collected {
+        self.started(id, &spec(&["sleep", "1000"])).await
     }
 
     pub(crate) async fn delete(&self, id: &str) {
-        self.client
-            .delete_container(
-                ctx(),
-                &agent::ContainerRequest {
-                    id: id.into(),
-                    ..Default::default()
-                },
-            )
-            .await
-            .unwrap();
+        let deleted = self.client.delete_container(ctx(), &request(id)).await;
+        deleted.unwrap();
+    }
+
+    /// Executes, feeds, waits.
+    pub(crate) async fn exec_with(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: &Value,
+        user: &str,
+        input: &[u8],
+    ) -> Output {
+        let collected = self.exec(id, exec_id, process, user).await.unwrap();
+        collected.finish(self, id, exec_id, input).await
     }
 
     pub(crate) async fn exec(

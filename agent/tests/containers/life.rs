@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 use ttrpc::Code;
 
-use crate::guest::{Guest, code, ctx, request, shell, spec};
+use crate::guest::{Guest, ctx, refusal, request, shell, spec};
 
 fn process(script: &str) -> Value {
     json!({"cwd": "/", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}})
@@ -16,15 +16,10 @@ fn process(script: &str) -> Value {
 #[tokio::test]
 async fn exec_joins_the_container() {
     let guest = Guest::start().await;
-    let streams = guest.create("c", &spec(&["sleep", "1000"])).await.unwrap();
-    let _first = streams.accept().await;
-    guest.start_container("c").await;
+    let _first = guest.sleeping("c").await;
     let script = "hostname; cat; ps | grep -c sleep; grep -E 'CapEff|NoNew' /proc/self/status; cat /proc/self/cgroup; ls /proc/self/fd | wc -l; exit 5";
     let output = guest
-        .exec("c", "e1", &process(script), "")
-        .await
-        .unwrap()
-        .finish(&guest, "c", "e1", b"in\n")
+        .exec_with("c", "e1", &process(script), "", b"in\n")
         .await;
     assert_eq!(output.status, 5, "{}", output.stderr);
     let has = |text: &str| assert!(output.stdout.contains(text), "{text} in {}", output.stdout);
@@ -34,32 +29,17 @@ async fn exec_joins_the_container() {
     has("0::/\n");
     assert!(output.stdout.ends_with("4\n"), "{}", output.stdout);
     let user = guest
-        .exec("c", "e2", &process("id -u; id -g"), "web:extra")
-        .await
-        .unwrap()
-        .finish(&guest, "c", "e2", b"")
+        .exec_with("c", "e2", &process("id -u; id -g"), "web:extra", b"")
         .await;
     assert_eq!(user.stdout, "1000\n1234\n");
     let missing =
         json!({"cwd": "/", "args": ["nosuch"], "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}});
     assert_eq!(
-        code(
-            guest
-                .exec("c", "e3", &missing, "")
-                .await
-                .map(drop)
-                .unwrap_err()
-        )
-        .0,
+        refusal(guest.exec("c", "e3", &missing, "").await).0,
         Code::NOT_FOUND
     );
     let terminal = json!({"cwd": "/", "terminal": true, "args": ["sh", "-c", "tty; stty size"], "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}});
-    let output = guest
-        .exec("c", "e4", &terminal, "")
-        .await
-        .unwrap()
-        .finish(&guest, "c", "e4", b"")
-        .await;
+    let output = guest.exec_with("c", "e4", &terminal, "", b"").await;
     assert_eq!(output.stdout, "/dev/pts/0\r\n33 77\r\n");
     guest.delete("c").await;
 }
@@ -67,18 +47,9 @@ async fn exec_joins_the_container() {
 #[tokio::test]
 async fn exec_background_child_holding_the_pipe_does_not_hold_wait() {
     let guest = Guest::start().await;
-    let _first = guest
-        .create("c", &spec(&["sleep", "1000"]))
-        .await
-        .unwrap()
-        .accept()
-        .await;
-    guest.start_container("c").await;
+    let _first = guest.sleeping("c").await;
     let output = guest
-        .exec("c", "e", &process("sleep 999 & printf done"), "")
-        .await
-        .unwrap()
-        .finish(&guest, "c", "e", b"")
+        .exec_with("c", "e", &process("sleep 999 & printf done"), "", b"")
         .await;
     assert_eq!(output.stdout, "done");
     let pids = guest
@@ -95,68 +66,31 @@ async fn exec_background_child_holding_the_pipe_does_not_hold_wait() {
 async fn kill_signals_reach_one_or_all() {
     let guest = Guest::start().await;
     let _streams = guest
-        .create(
+        .started(
             "c",
             &shell("trap 'exit 9' TERM; while :; do sleep 0.1; done"),
         )
-        .await
-        .unwrap()
-        .accept()
         .await;
-    guest.start_container("c").await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let kill = |signal, all| KillRequest {
-        id: "c".into(),
-        signal,
-        all,
-        ..Default::default()
+    let kill = async |id: &str, signal: i32, all| {
+        let request = KillRequest {
+            id: id.into(),
+            signal: signal as u32,
+            all,
+            ..Default::default()
+        };
+        guest.client.kill(ctx(), &request).await
     };
-    assert_eq!(
-        code(
-            guest
-                .client
-                .kill(ctx(), &kill(99, false))
-                .await
-                .unwrap_err()
-        )
-        .0,
-        Code::INVALID_ARGUMENT
-    );
-    guest.client.kill(ctx(), &kill(15, false)).await.unwrap();
+    let refused = kill("c", 99, false).await;
+    assert_eq!(refusal(refused).0, Code::INVALID_ARGUMENT);
+    kill("c", libc::SIGTERM, false).await.unwrap();
     assert_eq!(guest.wait("c", "").await.exit_status, 9);
-    assert_eq!(
-        code(
-            guest
-                .client
-                .kill(ctx(), &kill(15, false))
-                .await
-                .unwrap_err()
-        )
-        .0,
-        Code::NOT_FOUND
-    );
+    let refused = kill("c", libc::SIGTERM, false).await;
+    assert_eq!(refusal(refused).0, Code::NOT_FOUND);
     guest.delete("c").await;
 
-    let _streams = guest
-        .create("d", &spec(&["sleep", "1000"]))
-        .await
-        .unwrap()
-        .accept()
-        .await;
-    guest.start_container("d").await;
-    guest
-        .client
-        .kill(
-            ctx(),
-            &KillRequest {
-                id: "d".into(),
-                signal: 9,
-                all: true,
-                ..Default::default()
-            },
-        )
-        .await
-        .unwrap();
+    let _streams = guest.sleeping("d").await;
+    kill("d", libc::SIGKILL, true).await.unwrap();
     assert_eq!(guest.wait("d", "").await.exit_status, 137);
 }
 
@@ -180,14 +114,7 @@ async fn delete_created_but_never_started_leaves_nothing() {
     guest.delete("c").await;
     assert_eq!(wait.await.unwrap().unwrap().exit_status, 137);
     assert_eq!(
-        code(
-            guest
-                .client
-                .list_pids(ctx(), &request("c"))
-                .await
-                .unwrap_err()
-        )
-        .0,
+        refusal(guest.client.list_pids(ctx(), &request("c")).await).0,
         Code::NOT_FOUND
     );
     let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", guest.agent_pid())).unwrap();
@@ -198,12 +125,8 @@ async fn delete_created_but_never_started_leaves_nothing() {
 async fn pause_stops_and_resume_continues() {
     let guest = Guest::start().await;
     let mut collected = guest
-        .create("c", &shell("while :; do printf .; sleep 0.05; done"))
-        .await
-        .unwrap()
-        .accept()
+        .started("c", &shell("while :; do printf .; sleep 0.05; done"))
         .await;
-    guest.start_container("c").await;
     let stdout = collected.stdout.as_mut().unwrap();
     let mut buffer = [0; 1];
     stdout.read_exact(&mut buffer).await.unwrap();
@@ -238,39 +161,24 @@ async fn requests_with_bad_ids_are_refused() {
         let mut request = guest.request("x", &spec(&["true"]), &guest.streams(false));
         request.id = id.into();
         assert_eq!(
-            code(
-                guest
-                    .client
-                    .create_container(ctx(), &request)
-                    .await
-                    .unwrap_err()
-            )
-            .0,
+            refusal(guest.client.create_container(ctx(), &request).await).0,
             Code::INVALID_ARGUMENT,
             "{id:?}"
         );
     }
     assert_eq!(
-        code(
+        refusal(
             guest
                 .client
                 .start_container(ctx(), &agent::StartContainerRequest::default())
                 .await
-                .unwrap_err()
         )
         .0,
         Code::FAILED_PRECONDITION
     );
     let twice = guest.create("twice", &spec(&["true"])).await.unwrap();
     assert_eq!(
-        code(
-            guest
-                .create("twice", &spec(&["true"]))
-                .await
-                .map(drop)
-                .unwrap_err()
-        )
-        .0,
+        refusal(guest.create("twice", &spec(&["true"])).await).0,
         Code::ALREADY_EXISTS
     );
     drop(twice);
@@ -280,13 +188,7 @@ async fn requests_with_bad_ids_are_refused() {
 #[tokio::test]
 async fn shutdown_ends_containers_and_the_agent() {
     let guest = Guest::start().await;
-    let _streams = guest
-        .create("c", &spec(&["sleep", "1000"]))
-        .await
-        .unwrap()
-        .accept()
-        .await;
-    guest.start_container("c").await;
+    let _streams = guest.sleeping("c").await;
     let pid = guest.agent_pid();
     guest
         .client
@@ -299,13 +201,7 @@ async fn shutdown_ends_containers_and_the_agent() {
 #[tokio::test]
 async fn loss_of_the_control_connection_ends_the_agent() {
     let guest = Guest::start().await;
-    let mut streams = guest
-        .create("c", &spec(&["sleep", "1000"]))
-        .await
-        .unwrap()
-        .accept()
-        .await;
-    guest.start_container("c").await;
+    let mut streams = guest.sleeping("c").await;
     let pid = guest.agent_pid();
     guest.cut_control();
     until_gone(&pid).await;

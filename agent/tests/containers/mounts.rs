@@ -4,7 +4,7 @@ use casemate_protocol::agent;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::guest::{Guest, code, ctx, shell, spec};
+use crate::guest::{Guest, ctx, refusal, shell, spec};
 
 #[tokio::test]
 async fn run_mounts_binds_and_files_arrive() {
@@ -31,14 +31,7 @@ async fn run_mounts_binds_and_files_arrive() {
         content: b"127.0.0.1 me\n".into(),
         ..Default::default()
     });
-    guest
-        .client
-        .create_container(ctx(), &request)
-        .await
-        .unwrap();
-    let collected = streams.accept().await;
-    guest.start_container("m").await;
-    let output = collected.finish(&guest, "m", "", b"").await;
+    let output = guest.run_as_requested(&request, streams).await;
     assert!(
         output
             .stdout
@@ -63,14 +56,7 @@ async fn create_mount_outside_its_directory_is_refused() {
         let mut request = guest.request("x", &spec(&["true"]), &streams);
         request.mounts[1].target = target.into();
         assert_eq!(
-            code(
-                guest
-                    .client
-                    .create_container(ctx(), &request)
-                    .await
-                    .unwrap_err()
-            )
-            .0,
+            refusal(guest.client.create_container(ctx(), &request).await).0,
             Code::INVALID_ARGUMENT,
             "{target}"
         );
@@ -79,14 +65,7 @@ async fn create_mount_outside_its_directory_is_refused() {
     let mut request = guest.request("x", &spec(&["true"]), &streams);
     request.rootfs = "/".into();
     assert_eq!(
-        code(
-            guest
-                .client
-                .create_container(ctx(), &request)
-                .await
-                .unwrap_err()
-        )
-        .0,
+        refusal(guest.client.create_container(ctx(), &request).await).0,
         Code::INVALID_ARGUMENT
     );
 }
@@ -109,12 +88,6 @@ async fn run_symlinks_of_the_image_stay_inside() {
     // /proc behind a symlink would leave masked paths without effect.
     std::fs::remove_dir(image.join("proc")).unwrap();
     std::os::unix::fs::symlink("/tmp", image.join("proc")).unwrap();
-    let (_, text) = code(
-        guest
-            .create("y", &spec(&["true"]))
-            .await
-            .map(drop)
-            .unwrap_err(),
-    );
+    let (_, text) = refusal(guest.create("y", &spec(&["true"])).await);
     assert!(text.contains("symlink"), "{text}");
 }

@@ -3,7 +3,7 @@
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::guest::{Guest, changed, code, ctx, request, shell, spec};
+use crate::guest::{Guest, changed, ctx, refusal, request, shell, spec};
 
 #[tokio::test]
 async fn run_namespaces_are_the_containers_own() {
@@ -63,14 +63,7 @@ async fn run_image_user_is_looked_up_in_the_container() {
     let streams = guest.streams(false);
     let mut request = guest.request("u", &shell("id; echo $HOME"), &streams);
     request.user = "web".into();
-    guest
-        .client
-        .create_container(ctx(), &request)
-        .await
-        .unwrap();
-    let collected = streams.accept().await;
-    guest.start_container("u").await;
-    let output = collected.finish(&guest, "u", "", b"").await;
+    let output = guest.run_as_requested(&request, streams).await;
     assert_eq!(
         output.stdout,
         "uid=1000(web) gid=1001(web) groups=1234(extra)\n/home/web\n"
@@ -78,13 +71,7 @@ async fn run_image_user_is_looked_up_in_the_container() {
     let streams = guest.streams(false);
     let mut request = guest.request("v", &shell("id"), &streams);
     request.user = "ghost".into();
-    let (code, text) = code(
-        guest
-            .client
-            .create_container(ctx(), &request)
-            .await
-            .unwrap_err(),
-    );
+    let (code, text) = refusal(guest.client.create_container(ctx(), &request).await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
     assert!(text.contains("ghost"));
 }
@@ -171,12 +158,7 @@ async fn run_devices_are_made_and_controlled() {
 #[tokio::test]
 async fn namespaces_of_another_container_are_joined_by_path() {
     let guest = Guest::start().await;
-    let streams = guest
-        .create("first", &spec(&["sleep", "1000"]))
-        .await
-        .unwrap();
-    let _streams = streams.accept().await;
-    guest.start_container("first").await;
+    let _streams = guest.sleeping("first").await;
     let pid = guest
         .client
         .list_pids(ctx(), &request("first"))
@@ -201,7 +183,7 @@ async fn namespaces_of_another_container_are_joined_by_path() {
     );
     assert_eq!(lines[1], "casemate");
     s["linux"]["namespaces"][3]["path"] = json!(path("uts"));
-    let (_, text) = code(guest.create("third", &s).await.map(drop).unwrap_err());
+    let (_, text) = refusal(guest.create("third", &s).await);
     assert!(text.contains("join namespace"), "{text}");
     guest.delete("first").await;
 }
@@ -247,7 +229,7 @@ async fn create_limit_without_its_controller_is_refused() {
         "/linux/resources",
         json!({"unified": {"nosuch.max": "1"}}),
     );
-    let (code, text) = code(guest.create("x", &s).await.map(drop).unwrap_err());
+    let (code, text) = refusal(guest.create("x", &s).await);
     assert_eq!(code, Code::UNIMPLEMENTED);
     assert!(text.contains("nosuch.max"));
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use ttrpc::Code;
 
-use crate::guest::{Guest, changed, code, ctx, shell, spec};
+use crate::guest::{Guest, changed, ctx, refusal, shell, spec};
 
 #[tokio::test]
 async fn run_true_and_every_exit_code_come_back() {
@@ -56,15 +56,12 @@ async fn run_streams_are_kept_apart_and_binary_safe() {
 #[tokio::test]
 async fn run_large_output_with_slow_reader_loses_nothing() {
     let guest = Guest::start().await;
-    let streams = guest
-        .create(
+    let mut collected = guest
+        .started(
             "big",
             &shell("dd if=/dev/zero bs=1M count=24 2>/dev/null | tr '\\0' x; printf end; exit 3"),
         )
-        .await
-        .unwrap();
-    let mut collected = streams.accept().await;
-    guest.start_container("big").await;
+        .await;
     let mut stdout = collected.stdout.take().unwrap();
     let (mut total, mut last, mut buffer) = (0_usize, Vec::new(), vec![0; 64 << 10]);
     loop {
@@ -106,13 +103,7 @@ async fn create_missing_or_unusable_executable_is_told_apart() {
         ("/etc/notes", Code::PERMISSION_DENIED, "permission denied"),
         ("/etc", Code::PERMISSION_DENIED, "is a directory"),
     ] {
-        let (code, message) = code(
-            guest
-                .create("x", &spec(&[command]))
-                .await
-                .map(drop)
-                .unwrap_err(),
-        );
+        let (code, message) = refusal(guest.create("x", &spec(&[command])).await);
         assert_eq!(code, want, "{command}: {message}");
         assert!(message.contains(text), "{command}: {message}");
     }
@@ -133,12 +124,8 @@ async fn start_script_without_interpreter_is_denied() {
     let guest = Guest::start().await;
     let notes = guest.dir.path().join("image/etc/notes");
     std::fs::set_permissions(&notes, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let error = guest
-        .run_with("x", &spec(&["/etc/notes"]), b"")
-        .await
-        .map(|o| o.status)
-        .unwrap_err();
-    assert_eq!(code(error).0, Code::PERMISSION_DENIED);
+    let answer = guest.run_with("x", &spec(&["/etc/notes"]), b"").await;
+    assert_eq!(refusal(answer).0, Code::PERMISSION_DENIED);
 }
 
 #[tokio::test]
@@ -151,8 +138,7 @@ async fn run_terminal_is_the_controlling_one_with_its_size() {
         "/process/terminal",
         json!(true),
     );
-    let mut collected = guest.create("t", &s).await.unwrap().accept().await;
-    guest.start_container("t").await;
+    let mut collected = guest.started("t", &s).await;
     let stdout = collected.stdout.as_mut().unwrap();
     let mut text = Vec::new();
     while !String::from_utf8_lossy(&text).contains("c\r\n") {
@@ -189,8 +175,7 @@ async fn run_terminal_ctrl_c_interrupts() {
         "/process/terminal",
         json!(true),
     );
-    let mut collected = guest.create("t", &s).await.unwrap().accept().await;
-    guest.start_container("t").await;
+    let mut collected = guest.started("t", &s).await;
     let mut text = Vec::new();
     while !String::from_utf8_lossy(&text).contains("on\r\n") {
         collected

@@ -6,13 +6,15 @@ use std::io::{BufReader, Read, Write as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::FutureExt as _;
+
 use crate::convert::{Expected, mismatch};
 use crate::digest::Digest;
 use crate::error::{Error, Result, printable};
 use crate::progress::Event;
 use crate::reference::parse_reference;
 use crate::registry::{Descriptor, Manifest, Select, parse, select};
-use crate::store::{Config, Image, LayerClaim, LoadOptions, LoadSource, Store, UseLock};
+use crate::store::{Config, Image, LoadOptions, LoadSource, Store, UseLock};
 
 use super::input::{Input, Part};
 use super::*;
@@ -153,26 +155,14 @@ impl Store {
         options: &LoadOptions,
     ) -> Result<()> {
         let progress = &options.progress;
-        let mut told = false;
-        let writer = loop {
-            match self.claim_layer(&diff_id)? {
-                LayerClaim::Ours(writer) => break writer,
-                LayerClaim::Taken => {}
-                LayerClaim::Cached => {
-                    progress.event(Event::LayerCached {
-                        index,
-                        layer: &diff_id,
-                    });
-                    return Ok(());
-                }
-            }
-            if !std::mem::replace(&mut told, true) {
-                progress.event(Event::LayerWaiting {
-                    index,
-                    layer: &diff_id,
-                });
-            }
-            std::thread::sleep(std::time::Duration::from_millis(50));
+        let claim = self.claim_layer(index, &diff_id, progress.as_ref(), async |time| {
+            std::thread::sleep(time)
+        });
+        let claim = claim
+            .now_or_never()
+            .expect("this thread slept instead of waiting");
+        let Some(writer) = claim? else {
+            return Ok(());
         };
         let part = input
             .open(&layer.name)?

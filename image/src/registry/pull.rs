@@ -1,7 +1,6 @@
 //! A pull, start to end.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use oci_spec::distribution::Reference;
@@ -11,15 +10,13 @@ use crate::digest::Digest;
 use crate::error::{Error, Result, printable};
 use crate::progress::Event;
 use crate::reference::key;
-use crate::store::{Config, Image, LayerClaim, PullOptions, PullPolicy, Store};
+use crate::store::{Config, Image, PullOptions, PullPolicy, Store};
 
 use super::client::{Endpoint, endpoints};
 use super::manifest::{Descriptor, Manifest, Select, parse, select};
 
 /// Pieces of a download that wait for the converter: some hundred kilobytes a layer.
 const PIECES: usize = 32;
-/// How often a layer that another process fetches is looked for.
-const WAIT: Duration = Duration::from_millis(50);
 
 /// What a name turned out to be.
 struct Resolved {
@@ -152,26 +149,9 @@ impl Store {
         options: &PullOptions,
     ) -> Result<()> {
         let progress = &options.progress;
-        let mut told = false;
-        let writer = loop {
-            match self.claim_layer(&diff_id)? {
-                LayerClaim::Ours(writer) => break writer,
-                LayerClaim::Taken => {}
-                LayerClaim::Cached => {
-                    progress.event(Event::LayerCached {
-                        index,
-                        layer: &diff_id,
-                    });
-                    return Ok(());
-                }
-            }
-            if !std::mem::replace(&mut told, true) {
-                progress.event(Event::LayerWaiting {
-                    index,
-                    layer: &diff_id,
-                });
-            }
-            tokio::time::sleep(WAIT).await;
+        let claim = self.claim_layer(index, &diff_id, progress.as_ref(), tokio::time::sleep);
+        let Some(writer) = claim.await? else {
+            return Ok(());
         };
         progress.event(Event::LayerStarted {
             index,

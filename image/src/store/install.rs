@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use oci_spec::image::ImageConfiguration;
 use rustix::fs::{FlockOperation, flock};
@@ -30,8 +31,11 @@ pub(crate) struct UseLock {
     _lock: File,
 }
 
+/// How often a layer that another process writes is looked for.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+
 /// Whose a layer is that is needed.
-pub(crate) enum LayerClaim {
+enum LayerClaim {
     /// It is in the store.
     Cached,
     /// Ours to write.
@@ -157,8 +161,34 @@ impl Store {
         }
     }
 
+    /// Waits until the layer is in the store (`None`) or ours to write, asking again after each `pause`.
+    pub(crate) async fn claim_layer(
+        &self,
+        index: usize,
+        layer: &Digest,
+        progress: &dyn Progress,
+        pause: impl AsyncFn(Duration),
+    ) -> Result<Option<LayerWriter>> {
+        let mut told = false;
+        loop {
+            match self.try_claim(layer)? {
+                LayerClaim::Ours(writer) => return Ok(Some(writer)),
+                LayerClaim::Cached => {
+                    progress.event(Event::LayerCached { index, layer });
+                    return Ok(None);
+                }
+                LayerClaim::Taken if !told => {
+                    progress.event(Event::LayerWaiting { index, layer });
+                    told = true;
+                }
+                LayerClaim::Taken => {}
+            }
+            pause(ASK_AGAIN).await;
+        }
+    }
+
     /// Takes the right to write a layer, if it is still to be had.
-    pub(crate) fn claim_layer(&self, diff_id: &Digest) -> Result<LayerClaim> {
+    fn try_claim(&self, diff_id: &Digest) -> Result<LayerClaim> {
         if self.layer_bytes(diff_id).is_some() {
             return Ok(LayerClaim::Cached);
         }

@@ -33,7 +33,7 @@ use files::Paths;
 use index::{Index, Record};
 
 pub(crate) use files::Partial;
-pub(crate) use install::{Config, LayerClaim, UseLock};
+pub(crate) use install::{Config, UseLock};
 
 pub use image::{Image, Lease, Pruned, Removed, RootfsDisk};
 pub use options::{LoadOptions, LoadSource, PullOptions, PullPolicy, SaveTarget};

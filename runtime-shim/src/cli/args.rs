@@ -93,16 +93,13 @@ pub(super) enum TimingFormat {
     Initcalls,
 }
 
-/// `casemate run`
+/// What a process gets, the container's first or a later one.
 #[derive(Debug, Args)]
-pub(super) struct RunArgs {
-    /// Remove the container when it ends
-    #[arg(long)]
-    pub(super) rm: bool,
+pub(super) struct ProcessArgs {
     /// Keep standard input open
     #[arg(short, long)]
     pub(super) interactive: bool,
-    /// Give the container a terminal
+    /// Give the process a terminal
     #[arg(short, long)]
     pub(super) tty: bool,
     /// Set an environment variable: NAME=VALUE, or NAME for its value here
@@ -117,6 +114,17 @@ pub(super) struct RunArgs {
     /// User, and group, to run as: NAME|UID[:GROUP|GID]
     #[arg(short, long)]
     pub(super) user: Option<String>,
+}
+
+/// `casemate run`
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub(super) rm: bool,
+    /// What the process gets.
+    #[command(flatten)]
+    pub(super) process: ProcessArgs,
     /// Replace the image's entrypoint
     #[arg(long, value_name = "COMMAND")]
     pub(super) entrypoint: Option<String>,
@@ -333,24 +341,9 @@ pub(super) struct RmArgs {
 /// `casemate exec`
 #[derive(Debug, Args)]
 pub(super) struct ExecArgs {
-    /// Keep standard input open
-    #[arg(short, long)]
-    pub(super) interactive: bool,
-    /// Give the process a terminal
-    #[arg(short, long)]
-    pub(super) tty: bool,
-    /// Set an environment variable: NAME=VALUE, or NAME for its value here
-    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
-    pub(super) env: Vec<String>,
-    /// Read environment variables from a file
-    #[arg(long, value_name = "FILE")]
-    pub(super) env_file: Vec<PathBuf>,
-    /// Working directory in the container
-    #[arg(short, long, value_name = "DIR")]
-    pub(super) workdir: Option<String>,
-    /// User, and group, to run as: NAME|UID[:GROUP|GID]
-    #[arg(short, long)]
-    pub(super) user: Option<String>,
+    /// What the process gets.
+    #[command(flatten)]
+    pub(super) process: ProcessArgs,
     /// Give the process all capabilities
     #[arg(long)]
     pub(super) privileged: bool,
@@ -403,6 +396,18 @@ pub(super) struct CheckArgs {
 }
 
 #[cfg(test)]
+impl RunArgs {
+    /// The arguments of a `casemate run` with these words.
+    pub(super) fn of(line: &str) -> Self {
+        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
+        match Cli::parse_from(words).command {
+            Command::Run(run) => *run,
+            _ => panic!("not run"),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
@@ -421,7 +426,7 @@ mod tests {
         let Command::Run(run) = cli.command else {
             panic!("not run")
         };
-        assert!(run.rm && run.interactive && run.tty);
+        assert!(run.rm && run.process.interactive && run.process.tty);
         assert_eq!(run.timing, Some(TimingFormat::Table));
         assert_eq!(run.command, ["sh", "-c", "--rm -x"]);
     }

@@ -1,5 +1,6 @@
 //! A process of a container, attended: its streams are ours, our signals are its own, until its end.
 
+use super::args::ProcessArgs;
 use super::client::{Client, ProcessId};
 use super::streams::{self, Output, OutputEnd};
 use super::terminal;
@@ -15,16 +16,16 @@ use tokio::task::JoinHandle;
 /// Docker's: the engine itself failed.
 const FAILED: u8 = 125;
 /// 128 + SIGPIPE: nobody reads the output any more.
-const READER_GONE: u8 = 141;
+const READER_GONE: u8 = 128 + libc::SIGPIPE as u8;
 /// Interrupts in a row after which a workload that doesn't listen is killed.
 const PATIENCE: usize = 3;
 /// What counts as in a row.
 const IN_A_ROW: Duration = Duration::from_secs(10);
-const SIGINT: u8 = 2;
-const SIGKILL: u8 = 9;
-const SIGTERM: u8 = 15;
+const SIGINT: u8 = libc::SIGINT as u8;
+const SIGKILL: u8 = libc::SIGKILL as u8;
+const SIGTERM: u8 = libc::SIGTERM as u8;
 /// The terminal's window changed its size.
-const WINDOW_CHANGE: u8 = 28;
+const WINDOW_CHANGE: u8 = libc::SIGWINCH as u8;
 
 /// FIFOs for the streams that a process gets, as the Task API names them; empty: no such stream.
 #[derive(Debug, Default)]
@@ -39,7 +40,7 @@ pub(super) struct Fifos {
 
 impl Fifos {
     /// Makes them in `dir`. A terminal has no stderr of its own.
-    pub(super) fn make(dir: &Path, interactive: bool, tty: bool) -> anyhow::Result<Self> {
+    pub(super) fn make(dir: &Path, args: &ProcessArgs) -> anyhow::Result<Self> {
         let make = |name: &str, wanted: bool| -> anyhow::Result<String> {
             if !wanted {
                 return Ok(String::new());
@@ -48,9 +49,9 @@ impl Fifos {
             Ok(path.to_str().context("the path is not UTF-8")?.to_owned())
         };
         Ok(Self {
-            stdin: make("stdin", interactive)?,
+            stdin: make("stdin", args.interactive)?,
             stdout: make("stdout", true)?,
-            stderr: make("stderr", !tty)?,
+            stderr: make("stderr", !args.tty)?,
         })
     }
 }
@@ -268,7 +269,7 @@ mod tests {
         let mut now_and_then = Impatience::default();
         assert!((0..20).all(|n| !now_and_then.at(SIGINT, at(n * 6))));
         let mut at_once = Impatience::default();
-        let signals = [SIGINT, WINDOW_CHANGE, SIGTERM, 10, SIGINT];
+        let signals = [SIGINT, WINDOW_CHANGE, SIGTERM, libc::SIGUSR1 as u8, SIGINT];
         let told = signals.map(|number| at_once.at(number, at(1)));
         assert_eq!(told, [false, false, false, false, true]);
     }

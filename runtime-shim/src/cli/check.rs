@@ -2,10 +2,14 @@
 
 use super::args::CheckArgs;
 use super::output;
+use crate::scratch;
 use crate::settings::Settings;
 use casemate_vmm::probe::{self, HostFacts};
+use rustix::fs::{Access, access};
 use serde_json::{Value, json};
+use std::io;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 /// One thing looked at.
 #[derive(Debug)]
@@ -15,6 +19,9 @@ struct Finding {
     mend: String,
 }
 
+/// What helps where a file of the installation can't be used.
+const REINSTALL: &str = "install casemate again, or correct the path in the configuration";
+
 fn fine(what: &'static str) -> Finding {
     Finding {
         what,
@@ -23,19 +30,37 @@ fn fine(what: &'static str) -> Finding {
     }
 }
 
+fn bad(what: &'static str, problem: String, mend: impl Into<String>) -> Finding {
+    Finding {
+        what,
+        problem: Some(problem),
+        mend: mend.into(),
+    }
+}
+
 fn file(what: &'static str, path: &Path) -> Finding {
+    let path_text = path.display();
     match std::fs::File::open(path).and_then(|f| f.metadata()) {
         Ok(meta) if meta.is_file() && meta.len() > 0 => fine(what),
-        Ok(_) => Finding {
+        Ok(_) => bad(
             what,
-            problem: Some(format!("{} is no file with content", path.display())),
-            mend: "install casemate again".into(),
-        },
-        Err(e) => Finding {
+            format!("{path_text} is no file with content"),
+            "install casemate again",
+        ),
+        Err(e) => bad(what, format!("can't read {path_text}: {e}"), REINSTALL),
+    }
+}
+
+/// A file that can be run, too.
+fn program(what: &'static str, path: &Path) -> Finding {
+    let found = file(what, path);
+    match access(path, Access::EXEC_OK) {
+        Err(e) if found.problem.is_none() => bad(
             what,
-            problem: Some(format!("can't read {}: {e}", path.display())),
-            mend: "install casemate again, or correct the path in the configuration".into(),
-        },
+            format!("can't run {}: {e}", path.display()),
+            "install casemate again, on a file system without noexec",
+        ),
+        _ => found,
     }
 }
 
@@ -46,39 +71,74 @@ fn directory(what: &'static str, path: &Path, variable: &str) -> Finding {
         .and_then(|()| std::fs::remove_file(&probe));
     match tried {
         Ok(()) => fine(what),
-        Err(e) => Finding {
+        Err(e) => bad(
             what,
-            problem: Some(format!("can't write in {}: {e}", path.display())),
-            mend: format!("set {variable} to a directory of yours"),
-        },
+            format!("can't write in {}: {e}", path.display()),
+            format!("set {variable} to a directory of yours"),
+        ),
     }
 }
 
-/// Does `/dev/kvm` run a guest as every kernel is? That it opens says little.
-fn kvm() -> Finding {
-    match probe::check() {
-        Ok(()) => fine("KVM"),
-        Err(error) => {
-            let diagnosis = probe::diagnose(&error, &HostFacts::read());
-            Finding {
-                what: "KVM",
-                problem: Some(diagnosis.problem),
-                mend: diagnosis.mend,
-            }
-        }
+/// Does KVM's device run a guest as every kernel is? That it opens says little.
+fn kvm(device: &Path) -> Finding {
+    let Err(error) = probe::check(device) else {
+        return fine("KVM");
+    };
+    let mut diagnosis = probe::diagnose(&error, &HostFacts::read());
+    if device != Path::new(probe::DEVICE) {
+        diagnosis.mend += &format!(
+            " Or correct the configuration, where kvm is {}: usually it is {}.",
+            device.display(),
+            probe::DEVICE
+        );
     }
+    bad("KVM", diagnosis.problem, diagnosis.mend)
+}
+
+/// Can the VMM confine itself, by namespaces or by Landlock? It tries, in a process of its own.
+fn confinement(vmm: &Path) -> Finding {
+    let what = "confinement";
+    let tried = Command::new(vmm)
+        .arg("--probe-confinement")
+        .stdin(Stdio::piped()) // no /dev/null, which a bare /dev lacks
+        .output();
+    let path = vmm.display();
+    match tried {
+        Ok(output) if output.status.success() => fine(what),
+        Ok(output) => bad(
+            what,
+            match String::from_utf8_lossy(&output.stderr).trim() {
+                "" => format!("{path} ended by {}", output.status),
+                said => said.to_owned(),
+            },
+            "allow this user to make namespaces, or boot a kernel with Landlock (lsm=landlock,…)",
+        ),
+        Err(e) => bad(what, format!("can't run {path}: {e}"), REINSTALL),
+    }
+}
+
+fn mke2fs(search_path: &str) -> Finding {
+    let what = "mke2fs";
+    let problem = match scratch::try_mke2fs(search_path) {
+        Ok(()) => return fine(what),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => "mke2fs is not installed".to_owned(),
+        Err(e) => format!("can't run mke2fs: {e}"),
+    };
+    bad(what, problem, "install the package e2fsprogs")
 }
 
 /// Everything that a run needs, in the order in which it needs it.
 fn findings(settings: &Settings) -> Vec<Finding> {
     vec![
-        kvm(),
-        file("VMM", &settings.vmm),
-        file("shim", &settings.shim),
+        kvm(&settings.kvm),
+        program("VMM", &settings.vmm),
+        confinement(&settings.vmm),
+        program("shim", &settings.shim),
         file("guest kernel", &settings.kernel),
         file("guest agent", &settings.initrd),
         directory("state directory", &settings.state_dir, "CASEMATE_STATE"),
         directory("data directory", &settings.data_dir, "CASEMATE_DATA"),
+        mke2fs(&scratch::search_path()),
     ]
 }
 
@@ -119,6 +179,8 @@ pub(super) fn check(settings: &Settings, args: &CheckArgs) -> anyhow::Result<boo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn file_that_is_missing_or_empty_is_a_problem() {
@@ -129,5 +191,59 @@ mod tests {
         assert!(file("x", &dir.path().join("missing")).problem.is_some());
         std::fs::write(&empty, "x").unwrap();
         assert!(file("x", &empty).problem.is_none());
+    }
+
+    #[test]
+    fn program_that_may_not_be_run_is_a_problem() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("program");
+        std::fs::write(&path, "x").unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        assert!(program("x", &path).problem.is_none());
+        std::fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let problem = program("x", &path).problem.unwrap();
+        assert!(problem.contains("can't run"), "{problem}");
+        assert!(program("x", Path::new("/no/such")).problem.is_some());
+    }
+
+    #[test]
+    fn confinement_that_the_host_forbids_gives_what_the_vmm_says() {
+        // Programs that know no such option, one with a word about it.
+        for (program, said) in [
+            ("/bin/cat", "--probe-confinement"),
+            ("/bin/false", "/bin/false ended by exit status: 1"),
+        ] {
+            let found = confinement(Path::new(program));
+            assert!(found.problem.unwrap().contains(said), "{program}");
+            assert!(found.mend.contains("Landlock"), "{program}");
+        }
+        let fine = confinement(Path::new("/bin/true"));
+        assert!(fine.problem.is_none() && fine.mend.is_empty(), "{fine:?}");
+    }
+
+    #[test]
+    fn confinement_with_a_vmm_that_cannot_run_names_it() {
+        let problem = confinement(Path::new("/no/such/vmm")).problem.unwrap();
+        assert!(problem.contains("can't run /no/such/vmm"), "{problem}");
+    }
+
+    #[test]
+    fn mke2fs_that_is_not_installed_names_the_package() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = mke2fs(dir.path().to_str().unwrap());
+        assert_eq!(found.problem.as_deref(), Some("mke2fs is not installed"));
+        assert!(found.mend.contains("e2fsprogs"), "{found:?}");
+        assert!(mke2fs(&scratch::search_path()).problem.is_none());
+    }
+
+    #[test]
+    fn kvm_of_the_configuration_is_probed_and_named() {
+        let found = kvm(Path::new("/dev/no-kvm"));
+        assert!(found.problem.unwrap().contains("/dev/no-kvm"));
+        assert!(
+            found.mend.contains("kvm is /dev/no-kvm") && found.mend.contains(probe::DEVICE),
+            "{}",
+            found.mend
+        );
     }
 }

@@ -1,13 +1,20 @@
 //! Environment variables for a container: `-e`, `--env-file`, the image's own.
 
+use super::args::ProcessArgs;
+use crate::files;
 use anyhow::{Context, bail};
 use std::path::Path;
 
 /// A file of variables beyond this is none.
 const MAX_FILE: u64 = 1 << 20;
 
-/// The variables of `--env-file` and `-e`, later ones winning; `here` looks up our own.
-pub(super) fn from_user(
+/// The variables of `--env-file` and `-e`, later ones winning.
+pub(super) fn of(args: &ProcessArgs) -> anyhow::Result<Vec<String>> {
+    from_user(&args.env_file, &args.env, |name| std::env::var(name).ok())
+}
+
+/// `here` looks up our own.
+fn from_user(
     files: &[impl AsRef<Path>],
     given: &[String],
     here: impl Fn(&str) -> Option<String>,
@@ -15,7 +22,7 @@ pub(super) fn from_user(
     let mut all = Vec::new();
     for file in files {
         let path = file.as_ref();
-        let text = read(path)
+        let text = files::read_text(path, MAX_FILE)
             .with_context(|| format!("can't read the environment file {}", path.display()))?;
         let parsed = parse_file(&text, &here)
             .with_context(|| format!("environment file {}", path.display()))?;
@@ -27,18 +34,6 @@ pub(super) fn from_user(
         }
     }
     Ok(all)
-}
-
-fn read(path: &Path) -> anyhow::Result<String> {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    // What isn't a regular file has no size beforehand.
-    let file = std::fs::File::open(path)?;
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE {
-        bail!("it is too large; at most {MAX_FILE} bytes are accepted");
-    }
-    String::from_utf8(bytes).context("it is not UTF-8")
 }
 
 fn parse_file(text: &str, here: &impl Fn(&str) -> Option<String>) -> anyhow::Result<Vec<String>> {

@@ -12,7 +12,6 @@ use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 /// The type of the Task API's process specs.
@@ -31,9 +30,7 @@ impl Drop for StreamsDir {
 /// Runs the command and gives its exit code.
 pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Failure> {
     let mut signals = Signals::new()?;
-    if args.tty && args.interactive && !std::io::stdin().is_terminal() {
-        return Err(anyhow::anyhow!("the input device is not a terminal; leave out -t").into());
-    }
+    terminal::check(&args.process)?;
     let root = containers::state(settings)?;
     let Running { container, client } = Running::find(&root, &args.container)?;
     let process = process(&container, args)?;
@@ -45,14 +42,11 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     };
     let dir = StreamsDir(container.dir.join(format!("exec-{}", &id[..12])));
     std::fs::create_dir(&dir.0).with_context(|| format!("can't make {}", dir.0.display()))?;
-    let fifos = Fifos::make(&dir.0, args.interactive, args.tty)?;
+    let fifos = Fifos::make(&dir.0, &args.process)?;
     let mut streams = Attached::open(&fifos)?;
-    let raw = match args.tty && args.interactive {
-        true => terminal::Raw::enter().context("can't put the terminal into raw mode")?,
-        false => None,
-    };
+    let raw = terminal::Raw::enter(&args.process)?;
     let request = api::ExecProcessRequest {
-        terminal: args.tty,
+        terminal: args.process.tty,
         stdin: fifos.stdin,
         stdout: fifos.stdout,
         stderr: fifos.stderr,
@@ -89,12 +83,12 @@ fn process(container: &Container, args: &ExecArgs) -> anyhow::Result<Value> {
         items.filter_map(|v| Some(v.as_str()?.to_owned())).collect()
     };
     let mut variables = strings(&of_container["env"]);
-    if args.tty {
+    if args.process.tty {
         env::set(&mut variables, "TERM=xterm".to_owned());
     }
-    let given = env::from_user(&args.env_file, &args.env, |name| std::env::var(name).ok())?;
+    let given = env::of(&args.process)?;
     env::set_all(&mut variables, given);
-    let workdir = match &args.workdir {
+    let workdir = match &args.process.workdir {
         Some(dir) if !dir.starts_with('/') => {
             bail!("the working directory {dir:?} is not an absolute path")
         }
@@ -102,14 +96,19 @@ fn process(container: &Container, args: &ExecArgs) -> anyhow::Result<Value> {
         None => of_container["cwd"].as_str().unwrap_or("/").to_owned(),
     };
     let of_image = spec["annotations"][crate::plan::USER_ANNOTATION].as_str();
-    let user = args.user.as_deref().or(of_image).unwrap_or_default();
+    let user = args
+        .process
+        .user
+        .as_deref()
+        .or(of_image)
+        .unwrap_or_default();
     let bounding = strings(&of_container["capabilities"]["bounding"]);
     let capabilities = match args.privileged {
         true => caps::resolve(&["ALL".to_owned()], &[])?,
         false => bounding.iter().map(String::as_str).collect(),
     };
     let mut process = json!({
-        "terminal": args.tty,
+        "terminal": args.process.tty,
         // The guest looks the name up, and sets the numbers.
         "user": {"uid": 0, "gid": 0, "username": user},
         "args": args.command,
@@ -117,7 +116,7 @@ fn process(container: &Container, args: &ExecArgs) -> anyhow::Result<Value> {
         "cwd": workdir,
         "capabilities": spec::capabilities(&capabilities, user),
     });
-    if let (true, Some((rows, columns))) = (args.tty, terminal::size()) {
+    if let (true, Some((rows, columns))) = (args.process.tty, terminal::size()) {
         process["consoleSize"] = json!({"height": rows, "width": columns});
     }
     Ok(process)

@@ -4,6 +4,7 @@
 //! The bytes are the guest's: they are bounded, and a terminal gets no control characters.
 
 use anyhow::Context;
+use casemate_protocol::text::printable_lines;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -50,7 +51,7 @@ impl KernelLog {
     }
 }
 
-fn copy(mut from: impl Read, mut to: impl Write, escape: bool) -> io::Result<()> {
+fn copy(mut from: impl Read, mut to: impl Write, to_terminal: bool) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         let got = match from.read(&mut buffer) {
@@ -59,16 +60,17 @@ fn copy(mut from: impl Read, mut to: impl Write, escape: bool) -> io::Result<()>
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
-        let bytes = &mut buffer[..got];
-        if escape {
-            for byte in bytes.iter_mut() {
-                if !matches!(byte, b' '..=b'~' | b'\n' | b'\t' | b'\r') {
-                    *byte = b'?';
-                }
-            }
+        match to_terminal {
+            true => to.write_all(for_terminal(&buffer[..got]).as_bytes())?,
+            false => to.write_all(&buffer[..got])?,
         }
-        to.write_all(bytes)?;
     }
+}
+
+/// Nothing that steers the terminal, and whole line ends: it may be in raw mode.
+fn for_terminal(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes).replace('\r', "");
+    printable_lines(&text).replace('\n', "\r\n")
 }
 
 #[cfg(test)]
@@ -84,7 +86,10 @@ mod tests {
             true,
         )
         .unwrap();
-        assert_eq!(out, b"[ 0.1] ?]0;owned? ?? ok\r\n");
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "[ 0.1] \\u001b]0;owned\\u0007 \\u009b ok\r\n"
+        );
     }
 
     #[test]

@@ -3,15 +3,13 @@
 use super::args::{ContainersArgs, KillArgs, StopArgs};
 use super::client::{Client, ProcessId};
 use super::{containers, output, signals};
-use crate::rpc;
+use crate::rpc::{self, SIGKILL, SIGTERM};
 use crate::settings::Settings;
 use crate::state::{Container, State, StateRoot};
 use anyhow::{Context, bail};
 use std::time::Duration;
 use ttrpc::proto::Code;
 
-const SIGKILL: u32 = 9;
-const SIGTERM: u32 = 15;
 /// After a kill the guest's end is a matter of moments.
 const KILL_TAKES: Duration = Duration::from_secs(30);
 

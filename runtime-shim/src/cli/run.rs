@@ -16,7 +16,6 @@ use anyhow::{Context, bail};
 use casemate_image::{Image, RootfsDisk};
 use containerd_shim_protos::api;
 use serde_json::Value;
-use std::io::IsTerminal;
 use std::path::Path;
 use ttrpc::proto::Code;
 
@@ -123,10 +122,7 @@ async fn start(
     held: &mut Held,
 ) -> Result<(String, Attached), Failure> {
     check_names(args)?;
-    let on_terminal = std::io::stdin().is_terminal();
-    if args.tty && args.interactive && !on_terminal {
-        return Err(anyhow::anyhow!("the input device is not a terminal; leave out -t").into());
-    }
+    terminal::check(&args.process)?;
     let wants_initcalls = args.timing == Some(TimingFormat::Initcalls);
     if wants_initcalls && args.kernel_log.is_some() {
         let clash = "--timing=initcalls reads the kernel's log itself; leave out --kernel-log";
@@ -134,7 +130,7 @@ async fn start(
     }
     let resources = checked_resources(settings, args)?;
     let storage = storage_size(settings, args)?;
-    let given_env = env::from_user(&args.env_file, &args.env, |name| std::env::var(name).ok())?;
+    let given_env = env::of(&args.process)?;
     let labels = labels(args)?;
     let root = containers::state(settings)?;
 
@@ -159,7 +155,7 @@ async fn start(
     write_bundle(dir.path(), &spec, &hostname)?;
     let mounts = rootfs_mounts(settings, args, dir, &id, &rootfs, storage)?;
     held.rootfs = Some(rootfs);
-    let fifos = Fifos::make(dir.path(), args.interactive, args.tty)?;
+    let fifos = Fifos::make(dir.path(), &args.process)?;
     let initcalls_log = dir.path().join("kernel.log");
     let console = match &args.kernel_log {
         None if wants_initcalls => Some(&initcalls_log),
@@ -181,14 +177,12 @@ async fn start(
     drop(console);
 
     let mut streams = Attached::open(&fifos)?;
-    if args.tty && args.interactive {
-        held.raw = terminal::Raw::enter().context("can't put the terminal into raw mode")?;
-    }
+    held.raw = terminal::Raw::enter(&args.process)?;
     let request = api::CreateTaskRequest {
         id: id.clone(),
         bundle: dir.path().display().to_string(),
         rootfs: mounts,
-        terminal: args.tty,
+        terminal: args.process.tty,
         stdin: fifos.stdin,
         stdout: fifos.stdout,
         stderr: fifos.stderr,
@@ -390,28 +384,18 @@ pub(super) fn not_started(error: ttrpc::Error) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use super::super::args::{Cli, Command};
     use super::*;
-    use clap::Parser;
-
-    fn args(line: &str) -> RunArgs {
-        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
-        match Cli::parse_from(words).command {
-            Command::Run(run) => *run,
-            _ => panic!("not run"),
-        }
-    }
 
     #[test]
     fn check_names_of_bad_names_is_refused() {
         for name in ["a", "../x", ".hidden", "a/b", "-x"] {
             assert!(
-                check_names(&args(&format!("--name={name} i"))).is_err(),
+                check_names(&RunArgs::of(&format!("--name={name} i"))).is_err(),
                 "{name}"
             );
         }
-        check_names(&args("--name web-1.a_b i")).unwrap();
-        assert!(check_names(&args("--hostname a/b i")).is_err());
+        check_names(&RunArgs::of("--name web-1.a_b i")).unwrap();
+        assert!(check_names(&RunArgs::of("--hostname a/b i")).is_err());
     }
 
     #[test]

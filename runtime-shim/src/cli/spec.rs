@@ -111,7 +111,7 @@ fn command_line(args: &RunArgs, image: &ImageConfiguration) -> anyhow::Result<Ve
 fn environment(args: &RunArgs, image: &ImageConfiguration, given: &Given<'_>) -> Vec<String> {
     let mut all = vec![DEFAULT_PATH.to_owned()];
     env::set(&mut all, format!("HOSTNAME={}", hostname(args, given)));
-    if args.tty {
+    if args.process.tty {
         env::set(&mut all, "TERM=xterm".to_owned());
     }
     let of_image = image.config().as_ref().and_then(|c| c.env().clone());
@@ -250,11 +250,12 @@ pub(super) fn build(
     given: &Given<'_>,
 ) -> anyhow::Result<Value> {
     let config = image.config().as_ref();
-    let user = match &args.user {
+    let user = match &args.process.user {
         Some(user) => user.clone(),
         None => config.and_then(|c| c.user().clone()).unwrap_or_default(),
     };
     let workdir = args
+        .process
         .workdir
         .clone()
         .or_else(|| config.and_then(|c| c.working_dir().clone()))
@@ -265,14 +266,14 @@ pub(super) fn build(
     }
     let caps = caps::resolve(&args.cap_add, &args.cap_drop)?;
     let mut process = json!({
-        "terminal": args.tty,
+        "terminal": args.process.tty,
         "user": {"uid": 0, "gid": 0},
         "args": command_line(args, image)?,
         "env": environment(args, image, given),
         "cwd": workdir,
         "capabilities": capabilities(&caps, &user),
     });
-    if let (true, Some((rows, columns))) = (args.tty, given.console) {
+    if let (true, Some((rows, columns))) = (args.process.tty, given.console) {
         process["consoleSize"] = json!({"height": rows, "width": columns});
     }
     let mut resources = resources.clone();
@@ -305,17 +306,7 @@ pub(super) fn build(
 
 #[cfg(test)]
 mod tests {
-    use super::super::args::{Cli, Command};
     use super::*;
-    use clap::Parser;
-
-    fn args(line: &str) -> RunArgs {
-        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
-        match Cli::parse_from(words).command {
-            Command::Run(run) => *run,
-            _ => panic!("not run"),
-        }
-    }
 
     fn image(config: Value) -> ImageConfiguration {
         serde_json::from_value(json!({
@@ -326,11 +317,11 @@ mod tests {
     }
 
     fn built(line: &str, config: Value) -> anyhow::Result<Value> {
-        let args = args(line);
+        let args = RunArgs::of(line);
         let given = Given {
             id: "0123456789abcdef0123",
             bundle: Path::new("/b"),
-            env: args.env.clone(),
+            env: args.process.env.clone(),
             console: Some((24, 80)),
         };
         let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;

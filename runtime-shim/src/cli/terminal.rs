@@ -1,7 +1,22 @@
 //! Our own terminal: raw while the container uses it, restored whatever happens.
 
+use super::args::ProcessArgs;
+use anyhow::{Context, bail};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::io::{self, IsTerminal};
+
+/// Whether the process gets our terminal as its own.
+fn is_handed_on(args: &ProcessArgs) -> bool {
+    args.tty && args.interactive
+}
+
+/// Refuses `-it` where there is no terminal.
+pub(super) fn check(args: &ProcessArgs) -> anyhow::Result<()> {
+    if is_handed_on(args) && !io::stdin().is_terminal() {
+        bail!("the input device is not a terminal; leave out -t");
+    }
+    Ok(())
+}
 
 /// Raw mode, for as long as it lives.
 pub(super) struct Raw {
@@ -9,17 +24,20 @@ pub(super) struct Raw {
 }
 
 impl Raw {
-    /// Puts standard input into raw mode; `None` if it is no terminal.
-    pub(super) fn enter() -> io::Result<Option<Self>> {
+    /// Puts standard input into raw mode if the process gets it as its terminal.
+    pub(super) fn enter(args: &ProcessArgs) -> anyhow::Result<Option<Self>> {
         let stdin = io::stdin();
-        if !stdin.is_terminal() {
+        if !(is_handed_on(args) && stdin.is_terminal()) {
             return Ok(None);
         }
-        let before = tcgetattr(&stdin)?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(&stdin, OptionalActions::Drain, &raw)?;
-        Ok(Some(Self { before }))
+        let enter = || {
+            let before = tcgetattr(&stdin)?;
+            let mut raw = before.clone();
+            raw.make_raw();
+            tcsetattr(&stdin, OptionalActions::Drain, &raw)?;
+            Ok::<_, io::Error>(Some(Self { before }))
+        };
+        enter().context("can't put the terminal into raw mode")
     }
 }
 

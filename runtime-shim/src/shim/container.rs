@@ -6,7 +6,9 @@ use super::process::{Exit, Life, Process};
 use super::stdio::{Paths, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
+use crate::files;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
+use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
 use oci_spec::runtime::Spec;
@@ -22,8 +24,6 @@ const MAX_SPEC: u64 = 2 << 20;
 const MAX_FILE: u64 = 1 << 20;
 /// Processes added to one container.
 const MAX_EXECS: usize = 1024;
-/// 128 + SIGKILL: what a process reports whose guest is gone.
-const KILLED: u32 = 137;
 /// A guest that doesn't answer a kill of its first process within this time hangs, and goes with it.
 const KILL_ANSWERS: Duration = Duration::from_secs(5);
 /// After the first process, the others of its PID namespace are gone too.
@@ -47,14 +47,6 @@ pub(super) enum ContainerError {
         path: PathBuf,
         /// The cause.
         source: serde_json::Error,
-    },
-    /// A file to be copied into the guest is too large.
-    #[error("{path} has {size} bytes; at most {MAX_FILE} can be copied into the guest")]
-    FileSize {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        size: u64,
     },
     /// The spec can't be run.
     #[error(transparent)]
@@ -370,9 +362,6 @@ impl Container {
     }
 }
 
-/// The signal that can't be caught.
-pub(super) const SIGKILL: u32 = rustix::process::Signal::KILL.as_raw() as u32;
-
 /// What the agent is told of an added process beside its spec.
 struct Hints {
     /// Its user by name, to be looked up in the guest; empty: by its numbers.
@@ -415,23 +404,10 @@ fn read_spec(bundle: &Path) -> Result<Spec, ContainerError> {
 }
 
 fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ContainerError> {
-    use io::Read;
-    let error = |source| ContainerError::Bundle {
+    files::read(path, limit).map_err(|source| ContainerError::Bundle {
         path: path.to_owned(),
         source,
-    };
-    let file = std::fs::File::open(path).map_err(error)?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(error)?;
-    if bytes.len() as u64 > limit {
-        return Err(ContainerError::FileSize {
-            path: path.to_owned(),
-            size: bytes.len() as u64,
-        });
-    }
-    Ok(bytes)
+    })
 }
 
 fn create_request(id: &str, plan: &Plan) -> Result<proto::CreateContainerRequest, ContainerError> {

@@ -143,7 +143,7 @@ mod tests {
         assert!(process.set_running());
         assert!(!process.set_running());
         process.set_exited(Exit::now(3));
-        process.set_exited(Exit::now(137));
+        process.set_exited(Exit::now(crate::rpc::KILLED));
         assert_eq!(process.exited().await.status, 3);
         assert!(!process.set_running());
     }

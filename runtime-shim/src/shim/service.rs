@@ -1,20 +1,21 @@
 //! containerd's Task service for the one container of a sandbox.
 
 use super::agent::CallError;
-use super::container::{Container, ContainerError, Create, Observer, SIGKILL};
+use super::container::{Container, ContainerError, Create, Observer};
 use super::launch::Launch;
 use super::process::{Exit, Life, Process};
 use super::stats;
 use super::stdio::Paths;
 use crate::journal::Journal;
 use crate::plan::RootfsMount;
-use crate::rpc::{chain, status};
+use crate::rpc::{KILLED, SIGKILL, chain, status};
 use crate::settings::Settings;
 use async_trait::async_trait;
 use casemate_protocol::agent as proto;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp::Timestamp};
 use containerd_shim_protos::shim_async::Task;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,11 +48,13 @@ pub(super) struct Service {
 
 fn code_of(error: &ContainerError) -> Code {
     match error {
+        ContainerError::Bundle { source, .. } if source.kind() == io::ErrorKind::FileTooLarge => {
+            Code::INVALID_ARGUMENT
+        }
         ContainerError::Bundle { .. } => Code::FAILED_PRECONDITION,
-        ContainerError::Spec { .. }
-        | ContainerError::FileSize { .. }
-        | ContainerError::Plan(_)
-        | ContainerError::Stdio(_) => Code::INVALID_ARGUMENT,
+        ContainerError::Spec { .. } | ContainerError::Plan(_) | ContainerError::Stdio(_) => {
+            Code::INVALID_ARGUMENT
+        }
         ContainerError::Call(CallError::Refused { code, .. }) => *code,
         ContainerError::Call(CallError::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
@@ -280,7 +283,7 @@ impl Task for Service {
             .map_err(failed)?;
         // A process that was never started has nobody who waits for it in the guest.
         if process.life() == Life::Created && req.signal == SIGKILL {
-            process.set_exited(Exit::now(128 + SIGKILL));
+            process.set_exited(Exit::now(KILLED));
         }
         Ok(Empty::new())
     }

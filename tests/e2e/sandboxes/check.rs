@@ -163,6 +163,12 @@ fn installation_with_something_missing_is_told_the_file() {
             .mentions(&format!("/no/such/{key}"))
             .mentions("install casemate again");
     }
+    Host::new()
+        .configured("kvm = \"/no/such/kvm\"\n")
+        .casemate(["check"])
+        .ends_with(1)
+        .mentions("/no/such/kvm does not exist")
+        .mentions("correct the configuration");
     let host = Host::new();
     let mut command = host.command(["check"]);
     command.env("CASEMATE_DATA", "/proc/no/such");

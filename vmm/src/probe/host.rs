@@ -1,6 +1,7 @@
 //! What is missing on a host that can't run guests, and how to mend it.
 
 use super::ProbeError;
+use crate::ending::chain;
 use std::fs;
 use std::path::Path;
 
@@ -95,7 +96,7 @@ impl std::fmt::Display for Diagnosis {
 /// Names what stands behind a failed probe on this kind of host.
 pub fn diagnose(error: &ProbeError, host: &HostFacts) -> Diagnosis {
     let (problem, mend) = match error {
-        ProbeError::Permission => (
+        ProbeError::Permission(_) => (
             error.to_string(),
             "Add the user to the group that owns it and log in again: sudo usermod -aG kvm \"$USER\"".into(),
         ),
@@ -103,15 +104,18 @@ pub fn diagnose(error: &ProbeError, host: &HostFacts) -> Diagnosis {
             error.to_string(),
             "Boot the host's kernel with tsc_early_khz= set to the processor's nominal frequency in kHz.".into(),
         ),
-        ProbeError::Version(_) | ProbeError::Capability(_) => (
+        ProbeError::Version { .. } | ProbeError::Capability(_) => (
             error.to_string(),
             "Update the host's kernel: Linux 5.10 or later is needed.".into(),
         ),
-        ProbeError::Absent if host.virtualization && host.module => (
+        ProbeError::Absent(device) if host.virtualization && host.module => (
             format!("{error}, though KVM is loaded"),
-            "In a container, hand it in (docker run --device /dev/kvm); else: sudo mknod /dev/kvm c 10 232".into(),
+            format!(
+                "In a container, hand it in (docker run --device {0}); else: sudo mknod {0} c 10 232",
+                device.display()
+            ),
         ),
-        ProbeError::Absent if host.virtualization => (
+        ProbeError::Absent(_) if host.virtualization => (
             format!("{error}: KVM is not loaded"),
             format!(
                 "Load it: sudo modprobe {}. Should that fail, virtualization is locked in the firmware (BIOS): turn on {} there.",
@@ -157,14 +161,9 @@ fn without_virtualization(error: &ProbeError, host: &HostFacts) -> (String, Stri
     )
 }
 
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |cause| cause.source())
-        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::DEVICE;
     use super::*;
 
     const HEALTHY: HostFacts = HostFacts {
@@ -193,7 +192,7 @@ mod tests {
 
     #[test]
     fn diagnose_permission_names_the_group() {
-        let diagnosis = diagnose(&ProbeError::Permission, &HEALTHY);
+        let diagnosis = diagnose(&ProbeError::Permission(DEVICE.into()), &HEALTHY);
 
         assert!(diagnosis.mend.contains("usermod -aG kvm"), "{diagnosis}");
     }
@@ -205,14 +204,14 @@ mod tests {
             ..HEALTHY
         };
 
-        let diagnosis = diagnose(&ProbeError::Absent, &host);
+        let diagnosis = diagnose(&ProbeError::Absent(DEVICE.into()), &host);
 
         assert!(diagnosis.mend.contains("modprobe kvm_intel"), "{diagnosis}");
     }
 
     #[test]
     fn diagnose_absent_with_module_names_the_container() {
-        let diagnosis = diagnose(&ProbeError::Absent, &HEALTHY);
+        let diagnosis = diagnose(&ProbeError::Absent(DEVICE.into()), &HEALTHY);
 
         assert!(diagnosis.mend.contains("--device /dev/kvm"), "{diagnosis}");
     }
@@ -225,7 +224,7 @@ mod tests {
             ..HEALTHY
         };
 
-        let diagnosis = diagnose(&ProbeError::Absent, &host);
+        let diagnosis = diagnose(&ProbeError::Absent(DEVICE.into()), &host);
 
         assert!(diagnosis.mend.contains("AMD-V"), "{diagnosis}");
         assert!(diagnosis.mend.contains("BIOS"), "{diagnosis}");

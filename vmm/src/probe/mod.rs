@@ -22,30 +22,41 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// A healthy host takes less than a millisecond, an emulated one some ten.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The device of KVM.
-const DEVICE: &str = "/dev/kvm";
+/// Where KVM's device usually is.
+pub const DEVICE: &str = "/dev/kvm";
 const API_VERSION: i32 = 12;
 
 /// Why this host can't run a normal guest.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// There is no such device.
-    #[error("{DEVICE} does not exist")]
-    Absent,
+    #[error("{0} does not exist")]
+    Absent(PathBuf),
     /// The user may not open it.
-    #[error("{DEVICE} may not be opened by this user")]
-    Permission,
+    #[error("{0} may not be opened by this user")]
+    Permission(PathBuf),
     /// It can't be opened for another reason.
-    #[error("{DEVICE} can't be opened")]
-    Open(#[source] io::Error),
+    #[error("{device} can't be opened")]
+    Open {
+        /// The device.
+        device: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// It opens, but it isn't KVM.
-    #[error("{DEVICE} has API version {0}, {API_VERSION} is needed")]
-    Version(i32),
+    #[error("{device} has API version {version}, {API_VERSION} is needed")]
+    Version {
+        /// The device.
+        device: PathBuf,
+        /// What it says.
+        version: i32,
+    },
     /// A capability is missing that every guest gets.
     #[error("KVM lacks {0}")]
     Capability(&'static str),
@@ -63,20 +74,29 @@ pub enum ProbeError {
     TimedOut,
 }
 
-/// Opens `/dev/kvm` and runs the probe guest.
-pub fn check() -> Result<(), ProbeError> {
-    let device = OpenOptions::new().read(true).write(true).open(DEVICE);
-    run(device.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => ProbeError::Absent,
-        io::ErrorKind::PermissionDenied => ProbeError::Permission,
-        _ if error.raw_os_error() == Some(libc::ENODEV) => ProbeError::Absent,
-        _ => ProbeError::Open(error),
-    })?)
+/// Opens KVM's device and runs the probe guest.
+pub fn check(device: &Path) -> Result<(), ProbeError> {
+    let file = OpenOptions::new().read(true).write(true).open(device);
+    let device = device.to_owned();
+    let kvm = kvm_of(match file {
+        Ok(file) => file,
+        Err(source) => {
+            return Err(match source.kind() {
+                io::ErrorKind::NotFound => ProbeError::Absent(device),
+                io::ErrorKind::PermissionDenied => ProbeError::Permission(device),
+                _ if source.raw_os_error() == Some(libc::ENODEV) => ProbeError::Absent(device),
+                _ => ProbeError::Open { device, source },
+            });
+        }
+    });
+    match kvm.get_api_version() {
+        API_VERSION => run(&kvm),
+        version => Err(ProbeError::Version { device, version }),
+    }
 }
 
-/// Runs the probe guest on an open `/dev/kvm`.
-pub fn run(device: File) -> Result<(), ProbeError> {
-    let kvm = kvm_of(device)?;
+/// Runs the probe guest.
+fn run(kvm: &Kvm) -> Result<(), ProbeError> {
     for (capability, name) in [
         (Cap::UserMemory, "user memory"),
         (Cap::SplitIrqchip, "local APICs (KVM_CAP_SPLIT_IRQCHIP)"),
@@ -101,8 +121,8 @@ pub fn run(device: File) -> Result<(), ProbeError> {
         .create_vcpu(0)
         .map_err(arch::kvm_error("create a vCPU"))
         .map_err(setup)?;
-    arch::host_cpuid(&kvm)
-        .and_then(|cpuid| arch::configure_vcpu(&kvm, &fd, &cpuid, 0, 1))
+    arch::host_cpuid(kvm)
+        .and_then(|cpuid| arch::configure_vcpu(kvm, &fd, &cpuid, 0, 1))
         .and_then(|()| guest::load(&memory))
         .and_then(|()| registers::set_long_mode(&fd, guest::ENTRY))
         .map_err(setup)?;
@@ -137,14 +157,10 @@ pub fn run(device: File) -> Result<(), ProbeError> {
 }
 
 #[allow(unsafe_code)] // reason: kvm-ioctls takes a descriptor by number only
-fn kvm_of(device: File) -> Result<Kvm, ProbeError> {
+fn kvm_of(device: File) -> Kvm {
     use std::os::fd::{FromRawFd, IntoRawFd};
     // SAFETY: the descriptor is open and ours; Kvm closes it.
-    let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
-    match kvm.get_api_version() {
-        API_VERSION => Ok(kvm),
-        other => Err(ProbeError::Version(other)),
-    }
+    unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
 }
 
 /// The outcome, if it comes in time.
@@ -183,19 +199,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn run_on_something_else_than_kvm_names_the_version() {
-        let file = File::open("/dev/null").expect("/dev/null");
+    fn check_of_another_device_names_it_and_its_version() {
+        let error = check(Path::new("/dev/null")).expect_err("not KVM");
 
-        let error = run(file).expect_err("not KVM");
+        assert!(matches!(error, ProbeError::Version { .. }), "{error}");
+        assert!(error.to_string().contains("/dev/null"), "{error}");
+    }
 
-        assert!(matches!(error, ProbeError::Version(_)), "{error}");
+    #[test]
+    fn check_of_a_device_that_is_not_there_names_it() {
+        let error = check(Path::new("/dev/no-kvm")).expect_err("not there");
+
+        assert_eq!(error.to_string(), "/dev/no-kvm does not exist");
     }
 
     #[test]
     fn check_on_any_host_ends_within_its_time() {
         let start = std::time::Instant::now();
 
-        let _ = check();
+        let _ = check(Path::new(DEVICE));
 
         assert!(start.elapsed() < PATIENCE * 3);
     }

@@ -348,12 +348,8 @@ impl Device for Balloon {
             let ring = Ring::new(&memory, queue, has(VIRTIO_RING_F_EVENT_IDX));
             // Queues beyond the agreed ones are kept to be given back, and never watched.
             let role = wanted.next();
-            if ring.usable() && role.is_some() {
-                active
-                    .watcher
-                    .add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
-                // Work may have come while nobody watched.
-                ring.kick_self();
+            if role.is_some() {
+                ring.watch(active.watcher.as_ref(), token)?;
             }
             active.queues.push((role.unwrap_or(Role::Deflate), ring));
         }

@@ -303,10 +303,7 @@ impl Device for Block {
             watcher: _,
         } = activation;
         let memory = Arc::new(memory);
-        let [queue]: [ActiveQueue; 1] = queues
-            .try_into()
-            .map_err(|_| io::Error::other("virtio-blk takes exactly one queue"))?;
-        let ring = Ring::new(&memory, queue, features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        let [ring] = Ring::all(&memory, queues, features)?;
         let chain = Chain::new(&memory);
         self.worker.send(Command::Start(Work {
             ring,

@@ -141,32 +141,26 @@ struct NetState {
 impl Net {
     /// Builds the device and sets the tap up.
     pub fn new(args: NetArgs) -> io::Result<Self> {
-        let NetArgs {
-            tap,
-            mac,
-            mtu,
-            rate_limit,
-        } = args;
-        Self::build(Tap::new(tap)?, mac, mtu, rate_limit)
+        Self::build(args, Tap::new)
     }
 
     /// Builds the device on a packet socket instead of a tap.
     #[cfg(any(test, feature = "test-utils"))]
     pub fn on_socket(args: NetArgs) -> io::Result<Self> {
+        Self::build(args, Tap::mock)
+    }
+
+    fn build(args: NetArgs, open: fn(OwnedFd) -> io::Result<Tap>) -> io::Result<Self> {
         let NetArgs {
             tap,
             mac,
             mtu,
             rate_limit,
         } = args;
-        Self::build(Tap::mock(tap)?, mac, mtu, rate_limit)
-    }
-
-    fn build(tap: Tap, mac: [u8; 6], mtu: u16, rate_limit: Option<RateLimit>) -> io::Result<Self> {
         let limiter = rate_limit.map(|limit| RateLimiter::new(limit, Instant::now()));
         let timer = limiter.as_ref().map(|_| RateTimer::new()).transpose()?;
         Ok(Net {
-            tap,
+            tap: open(tap)?,
             mac,
             mtu,
             rx_limit: limiter.clone(),
@@ -441,17 +435,10 @@ impl Device for Net {
             watcher,
         } = activation;
         let memory = Arc::new(memory);
-        let queues: [ActiveQueue; 2] = queues
-            .try_into()
-            .map_err(|_| io::Error::other("virtio-net takes exactly two queues"))?;
         let has = |bit: u32| features & 1 << bit != 0;
-        let [rx, tx] = queues.map(|queue| Ring::new(&memory, queue, has(VIRTIO_RING_F_EVENT_IDX)));
+        let [rx, tx] = Ring::all(&memory, queues, features)?;
         for (ring, token) in [(&rx, TOKEN_RX), (&tx, TOKEN_TX)] {
-            if ring.usable() {
-                watcher.add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
-                // Work may have come while nobody watched.
-                ring.kick_self();
-            }
+            ring.watch(watcher.as_ref(), token)?;
         }
         if let Some(timer) = &self.timer {
             watcher.add(timer.fd.as_raw_fd(), libc::EPOLLIN as u32, TOKEN_TIMER)?;

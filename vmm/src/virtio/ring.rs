@@ -6,8 +6,11 @@
 //! alone until the driver resets the device.
 
 use super::buffers::Buffers;
-use super::{ActiveQueue, Interrupt};
+use super::{ActiveQueue, Interrupt, Watcher};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -90,9 +93,32 @@ impl Ring {
         }
     }
 
+    /// Takes the queues of a device that has `N` of them into use.
+    pub fn all<const N: usize>(
+        memory: &Arc<GuestMemoryMmap>,
+        queues: Vec<ActiveQueue>,
+        features: u64,
+    ) -> io::Result<[Self; N]> {
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queues: [ActiveQueue; N] = queues
+            .try_into()
+            .map_err(|_| io::Error::other(format!("the device takes exactly {N} queues")))?;
+        Ok(queues.map(|queue| Self::new(memory, queue, event_idx)))
+    }
+
     /// Whether anything can come from this ring.
     pub fn usable(&self) -> bool {
         !self.broken
+    }
+
+    /// Has the driver's kicks watched, if anything can come from this ring.
+    pub fn watch(&self, watcher: &dyn Watcher, token: u64) -> io::Result<()> {
+        if self.usable() {
+            watcher.add(self.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
+            // Work may have come while nobody watched.
+            self.kick_self();
+        }
+        Ok(())
     }
 
     /// The driver's kicks.

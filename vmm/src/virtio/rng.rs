@@ -92,15 +92,8 @@ impl Device for Rng {
             watcher,
         } = activation;
         let memory = Arc::new(memory);
-        let [queue]: [ActiveQueue; 1] = queues
-            .try_into()
-            .map_err(|_| io::Error::other("virtio-rng takes exactly one queue"))?;
-        let ring = Ring::new(&memory, queue, features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-        if ring.usable() {
-            watcher.add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, 0)?;
-            // Requests may have come while nobody watched.
-            ring.kick_self();
-        }
+        let [ring] = Ring::all(&memory, queues, features)?;
+        ring.watch(watcher.as_ref(), 0)?;
         self.active = Some(Active {
             ring,
             chain: Chain::new(&memory),

@@ -478,19 +478,11 @@ impl Device for Vsock {
             watcher,
         } = activation;
         let memory = Arc::new(memory);
-        let queues: [ActiveQueue; 3] = queues
-            .try_into()
-            .map_err(|_| io::Error::other("virtio-vsock takes exactly three queues"))?;
-        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let [rx, tx, event] = queues.map(|queue| Ring::new(&memory, queue, event_idx));
+        let [rx, tx, event] = Ring::all(&memory, queues, features)?;
         // Its connections end in the event loop: closing sockets isn't for a vCPU's thread.
         self.stale = rx.fresh() && tx.fresh();
         for (ring, token) in [(&rx, TOKEN_RX), (&tx, TOKEN_TX), (&event, TOKEN_EVENT)] {
-            if ring.usable() {
-                watcher.add(ring.kick().as_raw_fd(), libc::EPOLLIN as u32, token)?;
-                // Work may have come while nobody watched.
-                ring.kick_self();
-            }
+            ring.watch(watcher.as_ref(), token)?;
         }
         if !self.stale {
             let ids: Vec<u64> = self.table.by_id.keys().copied().collect();

@@ -43,6 +43,7 @@ fn main() {
             "a_confined_process_shows_nothing_of_the_host",
             shows_nothing,
         );
+        add("the_probe_of_confinement_passes", probe_passes);
         add("descriptors_not_listed_are_closed", only_listed_descriptors);
         add("every_thread_is_filtered", every_thread_is_filtered);
         add("limits_are_lowered", limits_are_lowered);
@@ -101,6 +102,13 @@ fn shows_nothing(starter: Starter) -> Result<(), Failed> {
             assert_eq!(report[attempt], "EACCES", "Landlock lets it {attempt}");
         }
     }
+    Ok(())
+}
+
+fn probe_passes(starter: Starter) -> Result<(), Failed> {
+    let output = start::probe(starter);
+
+    assert!(output.status.success(), "{output:?}");
     Ok(())
 }
 
@@ -335,6 +343,9 @@ fn too_few_open_files(starter: Starter) -> Result<(), Failed> {
 
 fn nothing_available(_: Starter) -> Result<(), Failed> {
     let error = Subject::start(Starter::UserWithNothing, "idle").refusal();
+    let probed = start::probe(Starter::UserWithNothing);
+    assert_eq!(probed.status.code(), Some(1), "{probed:?}");
+    assert_eq!(String::from_utf8_lossy(&probed.stderr), error);
     assert!(
         error.contains("no namespaces (") && error.contains("unshare("),
         "{error:?}"

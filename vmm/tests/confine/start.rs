@@ -7,10 +7,11 @@ use casemate_vmm::confine::UNPRIVILEGED_ID;
 use libtest_mimic::Failed;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 /// A user that is nobody in particular.
 const USER: u32 = 65534;
@@ -223,6 +224,16 @@ impl Drop for Subject {
         let _ = child.kill();
         let _ = child.wait();
     }
+}
+
+/// Runs the VMM's own probe to its end.
+pub(crate) fn probe(starter: Starter) -> Output {
+    let vmm = File::open(env!("CARGO_BIN_EXE_casemate-vmm")).expect("the VMM");
+    // By a descriptor: another user may not enter the directory.
+    let mut command = Command::new(format!("/proc/self/fd/{}", vmm.as_raw_fd()));
+    command.arg("--probe-confinement").stdin(Stdio::piped());
+    let command = inheriting(starter, &mut command, vec![vmm.as_raw_fd()]);
+    command.output().expect("the VMM starts")
 }
 
 /// Prepares a command to be run by `starter`, with these descriptors left open.

@@ -1,0 +1,51 @@
+//! Files that others write: what is read of them is bounded.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+/// The whole file; one of more than `limit` bytes is refused, also if it tells no size, as a device or a pipe.
+pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        let why = format!("it is too large; at most {limit} bytes are accepted");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    Ok(bytes)
+}
+
+/// The same for a text.
+pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
+    String::from_utf8(read(path, limit)?)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn read_of_more_than_the_limit_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "12345678").unwrap();
+        assert_eq!(read(&path, 8).unwrap(), b"12345678");
+        for (path, limit) in [(path.as_path(), 7), (Path::new("/dev/zero"), 4096)] {
+            let error = read(path, limit).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+            assert!(error.to_string().contains(&limit.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn read_text_of_other_bytes_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, [b'a', 0xff]).unwrap();
+        assert_eq!(
+            read_text(&path, 8).unwrap_err().to_string(),
+            "it is not UTF-8"
+        );
+    }
+}
