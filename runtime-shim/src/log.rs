@@ -224,7 +224,7 @@ impl Reader {
     }
 
     /// The next entry; `None` when there is none yet. Lines that are none of ours are passed over.
-    pub fn next(&mut self) -> io::Result<Option<Entry>> {
+    pub fn read(&mut self) -> io::Result<Option<Entry>> {
         loop {
             if self.line()? {
                 let entry = Entry::parse(&self.begun);
@@ -289,7 +289,7 @@ mod tests {
     const AT: u64 = 1_700_000_000_123_456_789;
 
     fn all(reader: &mut Reader) -> Vec<Entry> {
-        std::iter::from_fn(|| reader.next().unwrap()).collect()
+        std::iter::from_fn(|| reader.read().unwrap()).collect()
     }
 
     fn text(entries: &[Entry], stream: Stream) -> Vec<u8> {
