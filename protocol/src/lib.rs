@@ -24,7 +24,7 @@ pub const GUEST_CID: u32 = 3;
 /// Host port on which the agent serves its ttrpc connection.
 pub const CONTROL_PORT: u32 = 1024;
 
-/// First host port for standard streams; each is used once.
+/// First host port for the standard streams of a sandbox's first process; each is used once. Those of later ones are random.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 
 /// Largest ttrpc message either side accepts, in bytes (ttrpc's own limit).

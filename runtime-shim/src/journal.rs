@@ -17,6 +17,9 @@ pub const FILE_NAME: &str = "journal";
 /// More is no journal of ours: a sandbox takes a few dozen things.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// The role of the VMM's process.
+pub const VMM_ROLE: &str = "vmm";
+
 /// One thing taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "took", rename_all = "kebab-case")]
@@ -82,6 +85,21 @@ impl Journal {
             start,
             boot: boot_id(),
         })
+    }
+
+    /// Takes processes that are gone off the list, by their role: that of a container that starts again and again
+    /// must not grow.
+    pub fn forget_processes(&self, gone: impl Fn(&str) -> bool) -> io::Result<()> {
+        let mut text = Vec::new();
+        for taken in self.read()? {
+            if !matches!(&taken, Taken::Process { role, .. } if gone(role)) {
+                serde_json::to_writer(&mut text, &taken)?;
+                text.push(b'\n');
+            }
+        }
+        let whole = self.path.with_extension("new");
+        std::fs::write(&whole, text)?;
+        std::fs::rename(&whole, &self.path)
     }
 
     /// Everything taken, in order; an absent journal is an empty one.
@@ -171,6 +189,23 @@ mod tests {
         let mut raw = OpenOptions::new().append(true).open(&journal.path).unwrap();
         raw.write_all(b"{\"took\":\"file\",\"pa").unwrap();
         assert_eq!(journal.read().unwrap(), [file]);
+    }
+
+    #[test]
+    fn forget_processes_keeps_files_and_other_roles() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::in_dir(dir.path());
+        let file = Taken::File {
+            path: "/x/y".into(),
+        };
+        journal.record(&file).unwrap();
+        let us = std::process::id() as i32;
+        journal.record_process("shim", us).unwrap();
+        journal.record_process(VMM_ROLE, us).unwrap();
+        journal.forget_processes(|role| role == VMM_ROLE).unwrap();
+        let left = journal.read().unwrap();
+        assert_eq!(left[0], file);
+        assert!(matches!(&left[1..], [Taken::Process { role, .. }] if role == "shim"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod journal;
 pub mod log;
 pub mod paths;
 pub mod plan;
+pub mod restart;
 pub mod rpc;
 pub mod scratch;
 pub mod settings;

@@ -11,9 +11,11 @@
 use crate::times;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// Name of the newest file in the sandbox's directory.
 pub const FILE_NAME: &str = "container.log";
@@ -37,6 +39,25 @@ impl Default for Limits {
             size: 10 << 20,
             files: 3,
         }
+    }
+}
+
+impl FromStr for Limits {
+    type Err = std::num::ParseIntError;
+
+    /// `BYTES:FILES`, as the shim is told.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (size, files) = text.split_once(':').unwrap_or((text, "1"));
+        Ok(Self {
+            size: size.parse()?,
+            files: files.parse()?,
+        })
+    }
+}
+
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.size, self.files)
     }
 }
 
@@ -223,6 +244,23 @@ impl Reader {
         }))
     }
 
+    /// Opens the log where it ends now; `None` if there is none.
+    pub fn open_at_end(dir: &Path) -> io::Result<Option<Self>> {
+        let path = dir.join(FILE_NAME);
+        let mut file = match File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        file.seek(io::SeekFrom::End(0))?;
+        Ok(Some(Self {
+            path,
+            newer: Vec::new(),
+            current: io::BufReader::new(file),
+            begun: Vec::new(),
+        }))
+    }
+
     /// The next entry; `None` when there is none yet. Lines that are none of ours are passed over.
     pub fn read(&mut self) -> io::Result<Option<Entry>> {
         loop {
@@ -368,6 +406,17 @@ mod tests {
         }
         got.extend(text(&all(&mut reader), Stream::Stdout));
         assert_eq!(String::from_utf8(got), String::from_utf8(sent));
+    }
+
+    #[test]
+    fn reader_at_the_end_sees_what_comes_then() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Reader::open_at_end(dir.path()).unwrap().is_none());
+        let mut log = Writer::open(dir.path(), Limits::default()).unwrap();
+        log.append(AT, Stream::Stdout, b"before\n").unwrap();
+        let mut reader = Reader::open_at_end(dir.path()).unwrap().unwrap();
+        log.append(AT, Stream::Stdout, b"after\n").unwrap();
+        assert_eq!(text(&all(&mut reader), Stream::Stdout), b"after\n");
     }
 
     #[test]

@@ -9,6 +9,8 @@
 
 use crate::files;
 use crate::journal::{self, Journal, Taken};
+use crate::log;
+use crate::restart::Policy;
 use crate::rpc::KILLED;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,10 @@ pub const DEFAULT_NAMESPACE: &str = "default";
 const NAMES: &str = "names";
 /// No metadata of ours is larger.
 const MAX_META: u64 = 4 << 20;
+/// Is there once the container shall end.
+const ENDING: &str = "ending";
+/// The Task API.
+pub const SOCKET: &str = "task.sock";
 /// The file that is locked.
 const LOCK: &str = "lock";
 /// Making or unmaking a directory takes no longer: its process's number is another's by now.
@@ -81,7 +87,7 @@ fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) 
 }
 
 /// What a container is: written once, when it is made.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
     /// 64 hex digits.
     pub id: String,
@@ -100,6 +106,24 @@ pub struct Meta {
     /// What `stop` sends; `None`: SIGTERM.
     #[serde(default)]
     pub stop_signal: Option<String>,
+    /// Seconds that `stop` waits before it kills.
+    #[serde(default)]
+    pub stop_timeout: Option<u32>,
+    /// What to do when it ends by itself.
+    #[serde(default)]
+    pub restart: Policy,
+    /// What it writes is logged, within these bounds.
+    #[serde(default)]
+    pub log: Option<log::Limits>,
+    /// Its standard input can be written to.
+    #[serde(default)]
+    pub interactive: bool,
+    /// It has a terminal.
+    #[serde(default)]
+    pub tty: bool,
+    /// Its root file system is read-only.
+    #[serde(default)]
+    pub read_only: bool,
     /// The user's labels and the image's.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -122,6 +146,12 @@ pub struct Status {
     /// Nanoseconds since the epoch, 0: not yet.
     #[serde(default)]
     pub finished: u64,
+    /// Its processes are frozen.
+    #[serde(default)]
+    pub paused: bool,
+    /// How often it was started again by itself.
+    #[serde(default)]
+    pub restarts: u32,
     /// The guest's kernel killed it for lack of memory.
     #[serde(default)]
     pub oom_killed: bool,
@@ -139,8 +169,17 @@ pub enum State {
     Created,
     /// Started.
     Running,
+    /// Ended, and about to start again.
+    Restarting,
     /// Ended.
     Exited,
+}
+
+impl State {
+    /// Whether somebody looks after it.
+    pub fn is_alive(self) -> bool {
+        matches!(self, Self::Running | Self::Restarting)
+    }
 }
 
 /// A container as the state directory shows it.
@@ -154,6 +193,14 @@ pub struct Container {
     /// Its directory.
     #[serde(skip)]
     pub dir: PathBuf,
+}
+
+impl Container {
+    /// Writes down that the container shall end, so that it doesn't start again by itself.
+    pub fn mark_ending(&self) -> Result<(), StateError> {
+        let path = self.dir.join(ENDING);
+        std::fs::write(&path, "").map_err(io_error("write", &path))
+    }
 }
 
 /// All sandboxes of a namespace.
@@ -274,6 +321,28 @@ impl StateRoot {
         std::fs::rename(&whole, file).map_err(io_error("write", file))
     }
 
+    /// Gives a container another name.
+    pub fn rename(&self, container: &Container, name: &str) -> Result<(), StateError> {
+        let names = self.dir.join(NAMES);
+        let meta = Meta {
+            name: name.to_owned(),
+            ..container.meta.clone()
+        };
+        let file = names.join(name);
+        let taken = Taken::Name {
+            path: file.clone(),
+            id: meta.id.clone(),
+        };
+        Journal::in_dir(&container.dir)
+            .record(&taken)
+            .map_err(io_error("write the journal in", &container.dir))?;
+        self.claim_name(&file, &meta)?;
+        write_json(&container.dir, "meta.json", &meta)?;
+        // A name that leads nowhere is free anyway.
+        let _ = std::fs::remove_file(names.join(&container.meta.name));
+        Ok(())
+    }
+
     /// What is in the namespace's directory: sandboxes by their ids, and those made or unmade right now.
     fn entries(&self) -> Result<Vec<String>, StateError> {
         let entries = std::fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
@@ -348,6 +417,25 @@ impl StateRoot {
         }
     }
 
+    /// Takes over a container that nobody looks after; one that just ended is waited for.
+    pub fn take(&self, container: &Container) -> Result<SandboxDir, StateError> {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match lock(&container.dir)? {
+                Lock::Ours(lock) => {
+                    let path = container.dir.clone();
+                    return Ok(SandboxDir { path, lock });
+                }
+                Lock::Missing => return Err(StateError::NotFound(container.meta.name.clone())),
+                Lock::Theirs if Instant::now() > deadline => {
+                    return Err(StateError::Stuck(container.meta.id.clone(), PATIENCE));
+                }
+                Lock::Theirs => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
     /// Removes a container and everything it holds. With `force`, a running one too.
     pub fn remove(&self, container: &Container, force: bool) -> Result<(), StateError> {
         const PATIENCE: Duration = Duration::from_secs(10);
@@ -362,14 +450,19 @@ impl StateRoot {
                 Lock::Missing => return remove_all(&container.dir),
                 Lock::Theirs => {}
             }
-            if !force {
+            // One that ended is still being given back what it ran on.
+            let ended = read_json::<Status>(&container.dir, "status.json")
+                .is_some_and(|status| status.state == State::Exited);
+            if !force && !ended {
                 return Err(StateError::Running(id.clone()));
             }
             if Instant::now() > deadline {
                 return Err(StateError::Stuck(id.clone(), PATIENCE));
             }
-            let journal = Journal::in_dir(&container.dir);
-            journal::kill_processes(&journal.read().unwrap_or_default());
+            if force {
+                let journal = Journal::in_dir(&container.dir);
+                journal::kill_processes(&journal.read().unwrap_or_default());
+            }
             // The lock falls with the killed processes: only their exit is waited for.
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -397,6 +490,27 @@ impl SandboxDir {
         Journal::in_dir(&self.path)
     }
 
+    /// Whether the container shall end ([`Container::mark_ending`]).
+    pub fn is_ending(&self) -> bool {
+        self.path.join(ENDING).exists()
+    }
+
+    /// Makes it as if it had never run: for another start.
+    pub fn forget_run(&self) -> Result<(), StateError> {
+        for name in [ENDING, SOCKET] {
+            let path = self.path.join(name);
+            match std::fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error("remove", &path)(e));
+                }
+                _ => {}
+            }
+        }
+        self.journal()
+            .forget_processes(|_| true)
+            .map_err(io_error("write the journal in", &self.path))
+    }
+
     /// Replaces the status.
     pub fn write_status(&self, status: &Status) -> Result<(), StateError> {
         write_json(&self.path, "status.json", status)
@@ -412,18 +526,18 @@ impl SandboxDir {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
         let meta: Option<Meta> = read_json(&self.path, "meta.json");
-        let mut status = self.status();
-        match (meta, status.state) {
-            (Some(meta), State::Running | State::Exited) if !meta.auto_remove => {
-                if status.state == State::Running {
-                    status = Status {
+        // The first status comes once it is whole.
+        let status: Option<Status> = read_json(&self.path, "status.json");
+        match (meta, status) {
+            (Some(meta), Some(status)) if !meta.auto_remove || status.state == State::Created => {
+                if status.state.is_alive() {
+                    self.write_status(&Status {
                         state: State::Exited,
                         pid: 0,
                         exit_code: KILLED,
                         error: "the processes that ran it were killed".into(),
                         ..status
-                    };
-                    self.write_status(&status)?;
+                    })?;
                 }
                 Ok(())
             }
@@ -489,6 +603,14 @@ enum Lock {
     Theirs,
     /// There is nothing to lock.
     Missing,
+}
+
+/// Whether somebody looks after the container of this directory and it has not ended.
+pub fn is_looked_after(dir: &Path) -> bool {
+    let status: Option<Status> = read_json(dir, "status.json");
+    // One that is being started has no status yet.
+    let alive = status.is_none_or(|status| status.state != State::Exited);
+    alive && matches!(lock(dir), Ok(Lock::Theirs))
 }
 
 fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, StateError> {
@@ -568,8 +690,7 @@ mod tests {
             command: vec!["true".into()],
             created: 1,
             auto_remove,
-            stop_signal: None,
-            labels: BTreeMap::new(),
+            ..Meta::default()
         }
     }
 

@@ -1,6 +1,6 @@
 //! Times as text: RFC 3339, in nanoseconds since the epoch.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 /// The time in UTC with nine decimals, as Docker and the CRI write it.
 pub fn rfc3339(ns: u64) -> String {
@@ -12,6 +12,12 @@ pub fn rfc3339(ns: u64) -> String {
 pub fn parse(text: &str) -> Option<u64> {
     let time: Timestamp = text.parse().ok()?;
     u64::try_from(time.as_nanosecond()).ok()
+}
+
+/// A duration such as `1h30m` or `10s`, in nanoseconds; `None` for anything else, and for negative ones.
+pub fn parse_duration(text: &str) -> Option<u64> {
+    let duration: SignedDuration = text.parse().ok()?;
+    u64::try_from(duration.as_nanos()).ok()
 }
 
 #[cfg(test)]

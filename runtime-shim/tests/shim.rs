@@ -44,11 +44,9 @@ fn meta() -> Meta {
         name: "name1".into(),
         image: "fake".into(),
         image_id: "sha256:0".into(),
-        command: Vec::new(),
         created: 1,
         auto_remove: true,
-        stop_signal: None,
-        labels: Default::default(),
+        ..Meta::default()
     }
 }
 

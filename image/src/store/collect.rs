@@ -40,8 +40,13 @@ impl Store {
                 _ => record.names.clone(),
             };
             let whole = untagged.len() == record.names.len();
-            if whole && !force && self.is_leased(&record)? {
-                return Err(in_use("a sandbox runs on it".into()));
+            if whole && !force {
+                if let Some(reason) = self.needed.get(&record.id) {
+                    return Err(in_use(reason.clone()));
+                }
+                if self.is_leased(&record)? {
+                    return Err(in_use("a sandbox runs on it".into()));
+                }
             }
             if whole {
                 index.images.retain(|other| other.id != record.id);
@@ -66,7 +71,8 @@ impl Store {
             let mut deleted = Vec::new();
             let mut kept = Vec::new();
             for record in std::mem::take(&mut index.images) {
-                if (all || record.names.is_empty()) && !self.is_leased(&record)? {
+                let is_needed = self.needed.contains_key(&record.id);
+                if (all || record.names.is_empty()) && !is_needed && !self.is_leased(&record)? {
                     deleted.push(record.id);
                 } else {
                     kept.push(record);

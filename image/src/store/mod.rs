@@ -19,6 +19,7 @@ mod index;
 mod install;
 mod options;
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use oci_spec::distribution::Reference;
@@ -42,6 +43,8 @@ pub use options::{LoadOptions, LoadSource, PullOptions, PullPolicy, SaveTarget};
 #[derive(Clone, Debug)]
 pub struct Store {
     paths: Paths,
+    /// Images that something needs, and what.
+    needed: HashMap<Digest, String>,
 }
 
 impl Store {
@@ -49,7 +52,13 @@ impl Store {
     pub fn open(data_dir: impl AsRef<Path>) -> Result<Self> {
         Ok(Self {
             paths: Paths::create(data_dir.as_ref())?,
+            needed: HashMap::new(),
         })
+    }
+
+    /// The same store, whose `remove` and `prune` keep the images of these ids though nothing runs on them; each with the reason.
+    pub fn keeping(self, needed: HashMap<Digest, String>) -> Self {
+        Self { needed, ..self }
     }
 
     /// The image of this name (`debian`, `debian@sha256:…`), id, or unique beginning of an id.

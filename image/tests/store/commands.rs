@@ -100,6 +100,20 @@ fn tag_moves_a_name_and_remove_takes_names_before_images() {
 }
 
 #[test]
+fn image_that_something_needs_is_kept_unless_forced() {
+    let (_data, store, image) = filled();
+    let reason = "container web was made from it".to_owned();
+    let store = store.keeping([(image.id, reason.clone())].into());
+    match store.remove(&image.names[0], false) {
+        Err(Error::InUse { reason: told, .. }) => assert_eq!(told, reason),
+        other => panic!("{other:?}"),
+    }
+    assert!(store.prune(true).unwrap().deleted.is_empty());
+    let removed = store.remove(&image.names[0], true).unwrap();
+    assert_eq!(removed.deleted, [image.id]);
+}
+
+#[test]
 fn lease_keeps_files_until_it_is_dropped() {
     let (data, store, image) = filled();
     let disk = store.rootfs(&image).unwrap();

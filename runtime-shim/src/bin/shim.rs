@@ -17,10 +17,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--discard]`
+/// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--hold-fd N] [--discard] [--unattended POLICY] [--log BYTES:FILES]`
 fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
     let (mut dir, mut listener, mut lock) = (None, None, None);
     let (mut lifeline, mut console, mut discard, mut serves) = (None, None, false, false);
+    let (mut unattended, mut log, mut held) = (None, None, Vec::new());
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -30,7 +31,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
             "--lock-fd" => lock = Some(descriptor(&arg, &value()?)?),
             "--lifeline-fd" => lifeline = Some(descriptor(&arg, &value()?)?),
             "--console-fd" => console = Some(descriptor(&arg, &value()?)?),
+            "--hold-fd" => held.push(descriptor(&arg, &value()?)?),
             "--discard" => discard = true,
+            "--unattended" => unattended = Some(value()?.parse()?),
+            "--log" => log = Some(value()?.parse()?),
             other => bail!("unknown argument {other:?}; this program is started by casemate"),
         }
     }
@@ -44,6 +48,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
         lifeline,
         console,
         discard,
+        unattended,
+        log,
+        held,
     })
 }
 

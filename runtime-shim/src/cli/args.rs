@@ -1,5 +1,6 @@
 //! The command line's grammar. Names and meanings are Docker's where Docker has them.
 
+use crate::restart::Policy;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -22,6 +23,18 @@ pub(super) struct Cli {
 pub(super) enum Command {
     /// Run a command in a new container
     Run(Box<RunArgs>),
+    /// Make a container without starting it
+    Create(Box<CreateArgs>),
+    /// Start containers that were made or have ended
+    Start(StartArgs),
+    /// Stop containers and start them again
+    Restart(StopArgs),
+    /// Show what a container wrote
+    Logs(LogsArgs),
+    /// Take part in a running container: see its output, give it input
+    Attach(AttachArgs),
+    /// Give a container another name
+    Rename(RenameArgs),
     /// Fetch an image from a registry
     Pull(PullArgs),
     /// List images
@@ -119,6 +132,23 @@ pub(super) struct ProcessArgs {
 /// `casemate run`
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
+    /// Leave the container to itself and print its id
+    #[arg(short, long, conflicts_with_all = ["kernel_log"])]
+    pub(super) detach: bool,
+    /// Print on standard error how long each phase of the start took
+    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub(super) timing: Option<TimingFormat>,
+    /// Write the guest kernel's log to standard error, or to a file
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
+    pub(super) kernel_log: Option<PathBuf>,
+    /// The container.
+    #[command(flatten)]
+    pub(super) container: CreateArgs,
+}
+
+/// `casemate create`
+#[derive(Debug, Args)]
+pub(super) struct CreateArgs {
     /// Remove the container when it ends
     #[arg(long)]
     pub(super) rm: bool,
@@ -164,17 +194,103 @@ pub(super) struct RunArgs {
     /// Size of the writable layer, a hard limit
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub(super) storage_size: Option<String>,
-    /// Print on standard error how long each phase of the start took
-    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
-    pub(super) timing: Option<TimingFormat>,
-    /// Write the guest kernel's log to standard error, or to a file
-    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
-    pub(super) kernel_log: Option<PathBuf>,
+    /// Start it again when it ends: no, on-failure[:TIMES], always or unless-stopped
+    #[arg(
+        long,
+        default_value = "no",
+        value_name = "POLICY",
+        conflicts_with = "rm"
+    )]
+    pub(super) restart: Policy,
+    /// The signal that `stop` sends
+    #[arg(long, value_name = "SIGNAL")]
+    pub(super) stop_signal: Option<String>,
+    /// Seconds that `stop` waits before it kills
+    #[arg(long, value_name = "SECONDS")]
+    pub(super) stop_timeout: Option<u32>,
+    /// Where its output is logged: json-file and local both mean casemate's own log, none means nowhere
+    #[arg(long, value_enum, value_name = "DRIVER")]
+    pub(super) log_driver: Option<LogDriver>,
+    /// Bounds of the log: max-size=SIZE, max-file=NUMBER
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(super) log_opt: Vec<String>,
+    /// Write the container's id to a file
+    #[arg(long, value_name = "FILE")]
+    pub(super) cidfile: Option<PathBuf>,
     /// The image
     pub(super) image: String,
     /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(super) command: Vec<String>,
+}
+
+/// `--log-driver`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogDriver {
+    /// Our own
+    JsonFile,
+    /// Our own
+    Local,
+    /// Nowhere
+    None,
+}
+
+/// `casemate start`
+#[derive(Debug, Args)]
+pub(super) struct StartArgs {
+    /// Show the container's output and wait for its end
+    #[arg(short, long)]
+    pub(super) attach: bool,
+    /// Give it our standard input
+    #[arg(short, long)]
+    pub(super) interactive: bool,
+    /// Names or ids
+    #[arg(required = true)]
+    pub(super) containers: Vec<String>,
+}
+
+/// `casemate logs`
+#[derive(Debug, Args)]
+pub(super) struct LogsArgs {
+    /// Go on as the container writes, until it ends
+    #[arg(short, long)]
+    pub(super) follow: bool,
+    /// Only what was written since: a time like 2026-01-31T12:00:00Z, or an age like 10m
+    #[arg(long, value_name = "TIME")]
+    pub(super) since: Option<String>,
+    /// Only what was written until then
+    #[arg(long, value_name = "TIME")]
+    pub(super) until: Option<String>,
+    /// Only so many lines from the end, or all
+    #[arg(short = 'n', long, value_name = "LINES", default_value = "all")]
+    pub(super) tail: String,
+    /// Show when each line was written
+    #[arg(short, long)]
+    pub(super) timestamps: bool,
+    /// Name or id
+    pub(super) container: String,
+}
+
+/// `casemate attach`
+#[derive(Debug, Args)]
+pub(super) struct AttachArgs {
+    /// Don't give it our standard input
+    #[arg(long)]
+    pub(super) no_stdin: bool,
+    /// The keys that leave it to itself again
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    pub(super) detach_keys: String,
+    /// Name or id
+    pub(super) container: String,
+}
+
+/// `casemate rename`
+#[derive(Debug, Args)]
+pub(super) struct RenameArgs {
+    /// Name or id
+    pub(super) container: String,
+    /// The new name
+    pub(super) name: String,
 }
 
 /// `casemate pull`
@@ -357,9 +473,9 @@ pub(super) struct ExecArgs {
 /// `casemate stop`
 #[derive(Debug, Args)]
 pub(super) struct StopArgs {
-    /// Seconds until a container that goes on is killed
-    #[arg(short = 't', long = "timeout", alias = "time", default_value_t = 10)]
-    pub(super) timeout: u32,
+    /// Seconds until a container that goes on is killed: 10, or what it was made with
+    #[arg(short = 't', long = "timeout", alias = "time", value_name = "SECONDS")]
+    pub(super) timeout: Option<u32>,
     /// Names or ids
     #[arg(required = true)]
     pub(super) containers: Vec<String>,
@@ -396,13 +512,13 @@ pub(super) struct CheckArgs {
 }
 
 #[cfg(test)]
-impl RunArgs {
-    /// The arguments of a `casemate run` with these words.
+impl CreateArgs {
+    /// The arguments of a `casemate create` with these words.
     pub(super) fn of(line: &str) -> Self {
-        let words = ["casemate", "run"].into_iter().chain(line.split(' '));
+        let words = ["casemate", "create"].into_iter().chain(line.split(' '));
         match Cli::parse_from(words).command {
-            Command::Run(run) => *run,
-            _ => panic!("not run"),
+            Command::Create(create) => *create,
+            _ => panic!("not create"),
         }
     }
 }
@@ -426,8 +542,9 @@ mod tests {
         let Command::Run(run) = cli.command else {
             panic!("not run")
         };
-        assert!(run.rm && run.process.interactive && run.process.tty);
         assert_eq!(run.timing, Some(TimingFormat::Table));
-        assert_eq!(run.command, ["sh", "-c", "--rm -x"]);
+        let container = run.container;
+        assert!(container.rm && container.process.interactive && container.process.tty);
+        assert_eq!(container.command, ["sh", "-c", "--rm -x"]);
     }
 }

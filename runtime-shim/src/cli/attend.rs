@@ -2,7 +2,7 @@
 
 use super::args::ProcessArgs;
 use super::client::{Client, ProcessId};
-use super::streams::{self, Output, OutputEnd};
+use super::streams::{self, InputEnd, Output, OutputEnd};
 use super::terminal;
 use crate::rpc;
 use anyhow::{Context, bail};
@@ -54,6 +54,19 @@ impl Fifos {
             stderr: make("stderr", !args.tty)?,
         })
     }
+
+    /// Those of a container whose output is only logged. It may have been started before.
+    pub(super) fn stdin_only(dir: &Path, interactive: bool) -> anyhow::Result<Self> {
+        let mut fifos = Self::default();
+        if interactive {
+            let path = dir.join("stdin");
+            if !path.exists() {
+                streams::make_fifo(dir, "stdin")?;
+            }
+            fifos.stdin = path.to_str().context("the path is not UTF-8")?.to_owned();
+        }
+        Ok(fifos)
+    }
 }
 
 /// Our ends of a process's streams.
@@ -61,6 +74,19 @@ impl Fifos {
 pub(super) struct Attached {
     outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>,
     input: Option<streams::Input>,
+    /// The process works for us alone: without a reader, for nobody.
+    ours: bool,
+    /// Its standard input ends with ours.
+    ends_input: bool,
+}
+
+/// How attending ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The process did, with this exit code.
+    Exited(u8),
+    /// The keys were typed that leave it to itself.
+    Detached,
 }
 
 impl Attached {
@@ -78,15 +104,47 @@ impl Attached {
         }
         let input = match fifos.stdin.as_str() {
             "" => None,
-            path => Some(streams::copy_input(Path::new(path))?),
+            path => Some(streams::copy_input(Path::new(path), None)?),
         };
-        Ok(Self { outputs, input })
+        Ok(Self {
+            outputs,
+            input,
+            ours: true,
+            ends_input: true,
+        })
+    }
+
+    /// Looks on at a process that runs by itself.
+    pub(super) fn looking_on(
+        output: JoinHandle<anyhow::Result<OutputEnd>>,
+        mut input: Option<streams::Input>,
+        ends_input: bool,
+    ) -> Self {
+        if let Some(input) = &mut input {
+            input.keeper = None;
+        }
+        Self {
+            outputs: vec![output],
+            input,
+            ours: false,
+            ends_input,
+        }
     }
 
     /// The shim has opened its ends: what is in them can't get lost any more.
     pub(super) fn shim_is_there(&mut self) {
         if let Some(input) = &mut self.input {
             input.keeper = None;
+        }
+    }
+}
+
+impl End {
+    /// For the shell.
+    pub(super) fn code(self) -> u8 {
+        match self {
+            Self::Exited(code) => code,
+            Self::Detached => 0,
         }
     }
 }
@@ -140,13 +198,13 @@ impl Signals {
     }
 }
 
-/// Stays with a running process until its end; gives its exit code.
+/// Stays with a running process until its end.
 pub(super) async fn attend(
     client: &Client,
     process: ProcessId<'_>,
     mut streams: Attached,
     signals: &mut Signals,
-) -> anyhow::Result<u8> {
+) -> anyhow::Result<End> {
     let mut impatience = Impatience::default();
     let mut status = None;
     let wait = client.wait(process);
@@ -171,9 +229,10 @@ pub(super) async fn attend(
             end = &mut outputs, if !drained => {
                 drained = true;
                 if end? == OutputEnd::ReaderGone {
-                    // Without a reader the workload would work for nobody.
-                    let _ = client.kill(process, SIGKILL.into()).await;
-                    return Ok(READER_GONE);
+                    if streams.ours {
+                        let _ = client.kill(process, SIGKILL.into()).await;
+                    }
+                    return Ok(End::Exited(READER_GONE));
                 }
             }
             number = signals.next() => {
@@ -187,10 +246,14 @@ pub(super) async fn attend(
                 }
             }
             () = ended(&mut call) => call = None,
-            () = stdin_ended(&mut streams.input) => owed.push_back(Call::CloseStdin),
+            end = stdin_ended(&mut streams.input) => match end {
+                InputEnd::Detached => return Ok(End::Detached),
+                InputEnd::Complete if streams.ends_input => owed.push_back(Call::CloseStdin),
+                InputEnd::Complete => {}
+            },
         }
     }
-    Ok(status.unwrap_or(FAILED))
+    Ok(End::Exited(status.unwrap_or(FAILED)))
 }
 
 /// Returns once the call was answered; never without one.
@@ -248,11 +311,12 @@ async fn drain(outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>) -> anyhow::R
 }
 
 /// Returns once when our standard input ended; never without one.
-async fn stdin_ended(input: &mut Option<streams::Input>) {
+async fn stdin_ended(input: &mut Option<streams::Input>) -> InputEnd {
     match input {
         Some(running) => {
-            let _ = (&mut running.ended).await;
+            let end = (&mut running.ended).await;
             *input = None;
+            end.unwrap_or(InputEnd::Complete)
         }
         None => std::future::pending().await,
     }

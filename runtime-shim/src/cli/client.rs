@@ -1,12 +1,15 @@
 //! A sandbox from the command line's side: its directory, its shim, its Task API.
 
 use crate::fds;
+use crate::log;
+use crate::restart::Policy;
 use crate::rpc;
 use crate::settings::Settings;
 use crate::state::SandboxDir;
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::TaskClient;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -56,6 +59,12 @@ pub(super) struct ShimOptions<'a> {
     pub(super) discard: bool,
     /// For the guest's console.
     pub(super) console: Option<&'a OwnedFd>,
+    /// Nobody attends the container once it runs: what to do when it ends.
+    pub(super) unattended: Option<Policy>,
+    /// What the container writes is logged.
+    pub(super) log: Option<log::Limits>,
+    /// Keeps the image's files, and is to be kept as long.
+    pub(super) lease: &'a File,
 }
 
 impl Shim {
@@ -79,6 +88,14 @@ impl Shim {
         if options.discard {
             command.arg("--discard");
         }
+        if let Some(policy) = options.unattended {
+            command.args(["--unattended", &policy.to_string()]);
+            command.args(["--hold-fd", &number(options.lease)]);
+            passed.push(options.lease.as_fd());
+        }
+        if let Some(limits) = options.log {
+            command.args(["--log", &limits.to_string()]);
+        }
         if let Some(console) = options.console {
             command.args(["--console-fd", &number(console)]);
             passed.push(console.as_fd());
@@ -100,6 +117,11 @@ impl Shim {
             create_limit: settings.start_timeout + CREATE_MARGIN,
             _lifeline: ours,
         })
+    }
+
+    /// Leaves a shim to itself whose container was started unattended.
+    pub(super) fn leave(self) {
+        // It is nobody's child once we are gone; only its lifeline is closed here.
     }
 
     /// Its Task API.

@@ -1,9 +1,9 @@
 //! `ps`, `rm`, `inspect`.
 
-use super::args::{InspectArgs, Kind, PsArgs, RmArgs};
-use super::{images, output};
+use super::args::{InspectArgs, Kind, PsArgs, RenameArgs, RmArgs};
+use super::{create, images, output};
 use crate::settings::Settings;
-use crate::state::{Container, DEFAULT_NAMESPACE, State, StateRoot, now_ns};
+use crate::state::{Container, DEFAULT_NAMESPACE, Meta, State, StateRoot, now_ns};
 use crate::times;
 use anyhow::bail;
 use serde_json::{Value, json};
@@ -31,9 +31,47 @@ fn status_text(container: &Container) -> String {
     let since = |then| output::ago(then, now);
     match status.state {
         State::Created => "Created".to_owned(),
-        State::Running => format!("Up {}", since(status.started).trim_end_matches(" ago")),
+        State::Running => {
+            let up = since(status.started);
+            let paused = if status.paused { " (Paused)" } else { "" };
+            format!("Up {}{paused}", up.trim_end_matches(" ago"))
+        }
+        State::Restarting => {
+            format!(
+                "Restarting ({}) {}",
+                status.exit_code,
+                since(status.finished)
+            )
+        }
         State::Exited => format!("Exited ({}) {}", status.exit_code, since(status.finished)),
     }
+}
+
+/// Docker's word for how the container is.
+fn state_name(container: &Container) -> Value {
+    match (container.status.state, container.status.paused) {
+        (State::Running, true) => json!("paused"),
+        (state, _) => json!(state),
+    }
+}
+
+fn log_config(meta: &Meta) -> Value {
+    match meta.log {
+        None => json!({"Type": "none", "Config": {}}),
+        Some(limits) => json!({
+            "Type": "local",
+            "Config": {"max-size": limits.size.to_string(), "max-file": limits.files.to_string()},
+        }),
+    }
+}
+
+/// `casemate rename`
+pub(super) fn rename(settings: &Settings, args: &RenameArgs) -> anyhow::Result<()> {
+    create::check_name(&args.name)?;
+    let root = state(settings)?;
+    let container = root.find(&args.container)?;
+    root.rename(&container, &args.name)?;
+    Ok(())
 }
 
 fn row(container: &Container, no_trunc: bool) -> Value {
@@ -58,7 +96,7 @@ fn row(container: &Container, no_trunc: bool) -> Value {
         "CreatedSince": output::ago(meta.created, now_ns()),
         "CreatedAt": times::rfc3339(meta.created),
         "Status": status_text(container),
-        "State": container.status.state,
+        "State": state_name(container),
         "Ports": "",
         "Names": meta.name,
         "Labels": labels.join(","),
@@ -70,7 +108,7 @@ pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
     let all = state(settings)?.containers()?;
     let rows: Vec<Value> = all
         .iter()
-        .filter(|c| args.all || c.status.state == State::Running)
+        .filter(|c| args.all || c.status.state.is_alive())
         .map(|c| row(c, args.no_trunc))
         .collect();
     if args.quiet {
@@ -118,8 +156,10 @@ fn inspected(container: &Container) -> Value {
         "Args": args,
         "Image": meta.image_id,
         "State": {
-            "Status": status.state,
+            "Status": state_name(container),
             "Running": status.state == State::Running,
+            "Paused": status.paused,
+            "Restarting": status.state == State::Restarting,
             "OOMKilled": status.oom_killed,
             "Pid": status.pid,
             "ExitCode": status.exit_code,
@@ -127,8 +167,22 @@ fn inspected(container: &Container) -> Value {
             "StartedAt": time(status.started),
             "FinishedAt": time(status.finished),
         },
-        "Config": {"Image": meta.image, "Labels": meta.labels, "Cmd": meta.command},
-        "HostConfig": {"AutoRemove": meta.auto_remove},
+        "Config": {
+            "Image": meta.image,
+            "Labels": meta.labels,
+            "Cmd": meta.command,
+            "Tty": meta.tty,
+            "OpenStdin": meta.interactive,
+            "StopSignal": meta.stop_signal,
+            "StopTimeout": meta.stop_timeout,
+        },
+        "RestartCount": status.restarts,
+        "HostConfig": {
+            "AutoRemove": meta.auto_remove,
+            "ReadonlyRootfs": meta.read_only,
+            "RestartPolicy": {"Name": meta.restart.name(), "MaximumRetryCount": meta.restart.times()},
+            "LogConfig": log_config(meta),
+        },
     })
 }
 

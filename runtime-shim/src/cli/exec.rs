@@ -5,7 +5,7 @@ use super::attend::{self, Attached, Fifos, Signals};
 use super::client::ProcessId;
 use super::lifecycle::Running;
 use super::run::{self, Failure};
-use super::{caps, containers, env, spec, terminal};
+use super::{caps, containers, create, env, spec, terminal};
 use crate::settings::Settings;
 use crate::state::Container;
 use anyhow::{Context, bail};
@@ -35,7 +35,7 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     let Running { container, client } = Running::find(&root, &args.container)?;
     let process = process(&container, args)?;
 
-    let id = run::new_id()?;
+    let id = create::new_id()?;
     let exec_id = ProcessId {
         container: &container.meta.id,
         exec: &id,
@@ -44,7 +44,7 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     std::fs::create_dir(&dir.0).with_context(|| format!("can't make {}", dir.0.display()))?;
     let fifos = Fifos::make(&dir.0, &args.process)?;
     let mut streams = Attached::open(&fifos)?;
-    let raw = terminal::Raw::enter(&args.process)?;
+    let raw = terminal::Raw::enter_for(&args.process)?;
     let request = api::ExecProcessRequest {
         terminal: args.process.tty,
         stdin: fifos.stdin,
@@ -68,7 +68,7 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     drop(raw);
     // A container that ends with the process has forgotten it already.
     let _ = client.delete(exec_id).await;
-    Ok(ended?)
+    Ok(ended?.code())
 }
 
 /// The container's own process, changed as asked.

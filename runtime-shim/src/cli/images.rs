@@ -4,15 +4,15 @@ use super::args::{
     ImagesArgs, LoadArgs, PruneArgs, PullArgs, PullWhen, RmiArgs, SaveArgs, SaveFormat, TagArgs,
 };
 use super::outfile::OutFile;
-use super::{output, progress};
+use super::{containers, output, progress};
 use crate::settings::Settings;
 use crate::size::Human;
-use crate::state::now_ns;
+use crate::state::{Container, now_ns};
 use crate::times;
 use anyhow::{Context, bail};
 use casemate_image::{
-    Image, Limits, LoadOptions, LoadSource, Platform, PullOptions, PullPolicy, RegistryConfig,
-    SaveTarget, Store, parse_reference,
+    Digest, Image, Limits, LoadOptions, LoadSource, Platform, PullOptions, PullPolicy,
+    RegistryConfig, SaveTarget, Store, parse_reference,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -28,6 +28,16 @@ struct ImageTable {
 /// Opens the store.
 pub(super) fn store(settings: &Settings) -> anyhow::Result<Store> {
     Store::open(&settings.data_dir).context("can't open the image store")
+}
+
+/// The store, to take images away from: those that containers were made from are kept.
+fn store_in_use(settings: &Settings) -> anyhow::Result<Store> {
+    let containers = containers::state(settings)?.containers()?;
+    let needed = containers.into_iter().filter_map(|Container { meta, .. }| {
+        let id: Digest = meta.image_id.parse().ok()?;
+        Some((id, format!("container {} was made from it", meta.name)))
+    });
+    Ok(store(settings)?.keeping(needed.collect()))
 }
 
 fn limits(settings: &Settings) -> anyhow::Result<Limits> {
@@ -211,7 +221,7 @@ pub(super) fn tag(settings: &Settings, args: &TagArgs) -> anyhow::Result<()> {
 
 /// `casemate rmi`
 pub(super) fn rmi(settings: &Settings, args: &RmiArgs) -> anyhow::Result<()> {
-    let store = store(settings)?;
+    let store = store_in_use(settings)?;
     for name in &args.images {
         let removed = store.remove(name, args.force)?;
         let mut text = String::new();
@@ -243,7 +253,7 @@ pub(super) fn prune(settings: &Settings, args: &PruneArgs) -> anyhow::Result<()>
             return Ok(());
         }
     }
-    let pruned = store(settings)?.prune(args.all)?;
+    let pruned = store_in_use(settings)?.prune(args.all)?;
     let mut text = String::new();
     for id in pruned.deleted {
         text.push_str(&format!("Deleted: {id}\n"));

@@ -5,11 +5,13 @@ use super::client::{Client, ProcessId};
 use super::{containers, output, signals};
 use crate::rpc::{self, SIGKILL, SIGTERM};
 use crate::settings::Settings;
-use crate::state::{Container, State, StateRoot};
+use crate::state::{Container, State, StateError, StateRoot};
 use anyhow::{Context, bail};
 use std::time::Duration;
 use ttrpc::proto::Code;
 
+/// What a container gets before it is killed, unless it or the user wants otherwise.
+const STOP_TAKES: Duration = Duration::from_secs(10);
 /// After a kill the guest's end is a matter of moments.
 const KILL_TAKES: Duration = Duration::from_secs(30);
 
@@ -35,6 +37,12 @@ impl Running {
         Ok(Self { container, client })
     }
 
+    fn stop_signal(&self) -> u32 {
+        let wanted = self.container.meta.stop_signal.as_deref();
+        let wanted = wanted.and_then(|signal| signals::parse(signal).ok());
+        wanted.unwrap_or(SIGTERM)
+    }
+
     fn init(&self) -> ProcessId<'_> {
         ProcessId::first_of(&self.container.meta.id)
     }
@@ -57,7 +65,7 @@ impl Running {
 }
 
 /// Does the same to each container, prints those it worked for, and fails if it didn't for one.
-async fn for_each(
+pub(super) async fn for_each(
     settings: &Settings,
     names: &[String],
     act: impl AsyncFn(&StateRoot, &str) -> anyhow::Result<String>,
@@ -84,7 +92,12 @@ async fn for_each(
 pub(super) async fn kill(settings: &Settings, args: &KillArgs) -> anyhow::Result<()> {
     let signal = signals::parse(&args.signal).context("--signal")?;
     for_each(settings, &args.containers, async |root, name| {
-        Running::find(root, name)?.signal(signal).await?;
+        let running = Running::find(root, name)?;
+        // As with Docker, a container that was killed stays so.
+        if [SIGKILL, running.stop_signal()].contains(&signal) {
+            running.container.mark_ending()?;
+        }
+        running.signal(signal).await?;
         Ok(name.to_owned())
     })
     .await
@@ -93,28 +106,40 @@ pub(super) async fn kill(settings: &Settings, args: &KillArgs) -> anyhow::Result
 /// `casemate stop`
 pub(super) async fn stop(settings: &Settings, args: &StopArgs) -> anyhow::Result<()> {
     for_each(settings, &args.containers, async |root, name| {
-        // As with Docker, a container that ended already is stopped.
-        if root.find(name)?.status.state != State::Running {
-            return Ok(name.to_owned());
-        }
+        stop_one(root, name, args.timeout).await?;
+        Ok(name.to_owned())
+    })
+    .await
+}
+
+/// Asks a container to end, and kills it if it doesn't; one that ended already is stopped.
+pub(super) async fn stop_one(
+    root: &StateRoot,
+    name: &str,
+    timeout: Option<u32>,
+) -> anyhow::Result<()> {
+    let container = root.find(name)?;
+    if !container.status.state.is_alive() {
+        return Ok(());
+    }
+    container.mark_ending()?;
+    if container.status.state == State::Running {
         let running = Running::find(root, name)?;
-        let wanted = running.container.meta.stop_signal.as_deref();
-        let signal = wanted
-            .and_then(|s| signals::parse(s).ok())
-            .unwrap_or(SIGTERM);
-        running.signal(signal).await?;
-        if !running
-            .ends_within(Duration::from_secs(args.timeout.into()))
-            .await
-        {
+        let timeout = timeout.or(container.meta.stop_timeout);
+        let timeout = timeout.map_or(STOP_TAKES, |s| Duration::from_secs(s.into()));
+        running.signal(running.stop_signal()).await?;
+        if !running.ends_within(timeout).await {
             running.signal(SIGKILL).await?;
             if !running.ends_within(KILL_TAKES).await {
                 bail!("container {name} still runs {KILL_TAKES:?} after it was killed");
             }
         }
-        Ok(name.to_owned())
-    })
-    .await
+    }
+    // What it ran on is given back: it can be started again, or removed.
+    match root.take(&container) {
+        Ok(_) | Err(StateError::NotFound(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// `casemate wait`

@@ -1,24 +1,30 @@
 //! The command line: a thin client of the image store and of the shim.
 
 mod args;
+mod attach;
 mod attend;
 mod caps;
 mod check;
 mod client;
 mod containers;
+mod create;
+mod detach_keys;
 mod docs;
 mod env;
 mod exec;
+mod follow;
 mod images;
 mod initcalls;
 mod kernel_log;
 mod lifecycle;
+mod logs;
 mod outfile;
 mod output;
 mod progress;
 mod run;
 mod signals;
 mod spec;
+mod start;
 mod streams;
 mod template;
 mod terminal;
@@ -78,11 +84,17 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
     let settings = Settings::load().map_err(anyhow::Error::from);
     let settings = match (settings, &command) {
         (Ok(settings), _) => settings,
-        (Err(error), Command::Run(_)) => return Err(error.into()),
+        (Err(error), Command::Run(_) | Command::Create(_)) => return Err(error.into()),
         (Err(error), _) => return done(Err(error)),
     };
     match command {
         Command::Run(args) => event_loop()?.block_on(run::run(&settings, &args, begun)),
+        Command::Create(args) => event_loop()?.block_on(create::create(&settings, &args)),
+        Command::Start(args) => event_loop()?.block_on(start::start(&settings, &args)),
+        Command::Restart(args) => done(blocking(start::restart(&settings, &args))),
+        Command::Logs(args) => done(blocking(logs::logs(&settings, &args))),
+        Command::Attach(args) => event_loop()?.block_on(attach::attach(&settings, &args)),
+        Command::Rename(args) => done(containers::rename(&settings, &args)),
         Command::Pull(args) => done(blocking(images::pull(&settings, &args))),
         Command::Load(args) => done(blocking(images::load(&settings, &args))),
         Command::Images(args) => done(images::images(&settings, &args)),

@@ -2,7 +2,7 @@
 //!
 //! A pure function: what it needs of the host comes in [`Given`].
 
-use super::args::{RunArgs, TimingFormat};
+use super::args::{CreateArgs, TimingFormat};
 use super::{caps, env};
 use crate::plan::USER_ANNOTATION;
 use crate::shim::timing;
@@ -52,6 +52,8 @@ pub(super) struct Given<'a> {
     pub(super) env: Vec<String>,
     /// Rows and columns of our terminal.
     pub(super) console: Option<(u16, u16)>,
+    /// The times of the start are wanted.
+    pub(super) timing: Option<TimingFormat>,
 }
 
 /// `--cpus` and `--memory` as the spec's resources.
@@ -83,7 +85,7 @@ pub(super) fn only_resources(resources: &Value) -> anyhow::Result<Spec> {
 }
 
 /// The command line inside: `--entrypoint` drops the image's command.
-fn command_line(args: &RunArgs, image: &ImageConfiguration) -> anyhow::Result<Vec<String>> {
+fn command_line(args: &CreateArgs, image: &ImageConfiguration) -> anyhow::Result<Vec<String>> {
     let config = image.config().as_ref();
     let image_entrypoint = config
         .and_then(|c| c.entrypoint().clone())
@@ -108,7 +110,7 @@ fn command_line(args: &RunArgs, image: &ImageConfiguration) -> anyhow::Result<Ve
     Ok(line)
 }
 
-fn environment(args: &RunArgs, image: &ImageConfiguration, given: &Given<'_>) -> Vec<String> {
+fn environment(args: &CreateArgs, image: &ImageConfiguration, given: &Given<'_>) -> Vec<String> {
     let mut all = vec![DEFAULT_PATH.to_owned()];
     env::set(&mut all, format!("HOSTNAME={}", hostname(args, given)));
     if args.process.tty {
@@ -121,7 +123,7 @@ fn environment(args: &RunArgs, image: &ImageConfiguration, given: &Given<'_>) ->
 }
 
 /// The container's host name.
-pub(super) fn hostname<'a>(args: &'a RunArgs, given: &Given<'a>) -> &'a str {
+pub(super) fn hostname<'a>(args: &'a CreateArgs, given: &Given<'a>) -> &'a str {
     match &args.hostname {
         Some(name) => name,
         None => &given.id[..given.id.len().min(12)],
@@ -141,7 +143,7 @@ fn mount(kind: &str, target: &str, options: &[&str]) -> Value {
     json!({"destination": target, "type": kind, "source": kind, "options": options})
 }
 
-fn mounts(args: &RunArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
+fn mounts(args: &CreateArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
     let mut all = vec![
         mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
         mount(
@@ -244,7 +246,7 @@ fn devices() -> Vec<Value> {
 
 /// Builds the spec.
 pub(super) fn build(
-    args: &RunArgs,
+    args: &CreateArgs,
     image: &ImageConfiguration,
     resources: &Value,
     given: &Given<'_>,
@@ -282,7 +284,7 @@ pub(super) fn build(
     if !user.is_empty() {
         annotations[USER_ANNOTATION] = user.into();
     }
-    match args.timing {
+    match given.timing {
         Some(TimingFormat::Initcalls) => annotations[timing::ANNOTATION] = timing::INITCALLS.into(),
         Some(_) => annotations[timing::ANNOTATION] = "1".into(),
         None => {}
@@ -317,12 +319,13 @@ mod tests {
     }
 
     fn built(line: &str, config: Value) -> anyhow::Result<Value> {
-        let args = RunArgs::of(line);
+        let args = CreateArgs::of(line);
         let given = Given {
             id: "0123456789abcdef0123",
             bundle: Path::new("/b"),
             env: args.process.env.clone(),
             console: Some((24, 80)),
+            timing: None,
         };
         let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;
         build(&args, &image(config), &resources, &given)

@@ -1,5 +1,6 @@
 //! The command line's end of a container's standard streams.
 
+use super::detach_keys::{DetachKeys, Watch};
 use crate::fds;
 use anyhow::Context;
 use rustix::fs::{FileType, Mode, OFlags};
@@ -21,6 +22,14 @@ pub(super) enum Output {
 }
 
 impl Output {
+    /// Writes everything; a reader that left is no error.
+    pub(super) fn write(self, bytes: &[u8]) -> io::Result<OutputEnd> {
+        match self.write_all(bytes) {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(OutputEnd::ReaderGone),
+            other => other.map(|()| OutputEnd::Complete),
+        }
+    }
+
     fn write_all(self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Stdout => {
@@ -96,9 +105,8 @@ fn copy_blocking(first: &[u8], fifo: OwnedFd, output: Output) -> io::Result<Outp
     let mut chunk = first;
     let mut got;
     loop {
-        match output.write_all(chunk) {
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(OutputEnd::ReaderGone),
-            other => other?,
+        if output.write(chunk)? == OutputEnd::ReaderGone {
+            return Ok(OutputEnd::ReaderGone);
         }
         got = fifo.read(&mut buffer)?;
         if got == 0 {
@@ -108,45 +116,68 @@ fn copy_blocking(first: &[u8], fifo: OwnedFd, output: Output) -> io::Result<Outp
     }
 }
 
+/// How the copying of our input ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum InputEnd {
+    /// It is over, or nobody wants it.
+    Complete,
+    /// The keys were typed that leave the container to itself.
+    Detached,
+}
+
 /// Our standard input on its way into a FIFO.
 #[derive(Debug)]
 pub(super) struct Input {
     /// Hears when it ended.
-    pub(super) ended: oneshot::Receiver<()>,
+    pub(super) ended: oneshot::Receiver<InputEnd>,
     /// What a FIFO holds is lost when nobody has it open: to be kept until the shim has.
     pub(super) keeper: Option<OwnedFd>,
 }
 
-/// Starts copying our standard input into a FIFO.
+/// Starts copying our standard input into a FIFO, until `keys` are typed.
 ///
 /// The thread can't be stopped, as a blocked read can't: it ends with us.
-pub(super) fn copy_input(path: &Path) -> anyhow::Result<Input> {
+pub(super) fn copy_input(path: &Path, keys: Option<DetachKeys>) -> anyhow::Result<Input> {
     // For reading too: before the shim has opened its end, opening for writing alone would block.
     let fifo = open(path, OFlags::RDWR)?;
     let keeper = Some(fifo.try_clone()?);
     let (tell, told) = oneshot::channel();
     std::thread::spawn(move || {
         let mut fifo = std::fs::File::from(fifo);
-        let mut stdin = io::stdin().lock();
-        let mut buffer = vec![0; BUFFER];
-        loop {
-            match stdin.read(&mut buffer) {
-                Ok(got) if got > 0 => {
-                    if fifo.write_all(&buffer[..got]).is_err() {
-                        break;
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                _ => break,
-            }
-        }
+        let end = copy_typed(&mut io::stdin().lock(), &mut fifo, keys);
         drop(fifo);
-        let _ = tell.send(());
+        let _ = tell.send(end);
     });
     Ok(Input {
         ended: told,
         keeper,
     })
+}
+
+fn copy_typed(from: &mut impl Read, to: &mut impl Write, keys: Option<DetachKeys>) -> InputEnd {
+    let mut watch = keys.map(Watch::new);
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let got = match from.read(&mut buffer) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Ok(got) if got > 0 => &buffer[..got],
+            _ => return InputEnd::Complete,
+        };
+        let written = match &mut watch {
+            None => to.write_all(got),
+            Some(watch) => {
+                let verdict = watch.take(got);
+                if verdict.detach {
+                    let _ = to.write_all(&verdict.pass);
+                    return InputEnd::Detached;
+                }
+                to.write_all(&verdict.pass)
+            }
+        };
+        if written.is_err() {
+            return InputEnd::Complete;
+        }
+    }
 }
 
 #[cfg(test)]

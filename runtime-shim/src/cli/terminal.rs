@@ -25,9 +25,17 @@ pub(super) struct Raw {
 
 impl Raw {
     /// Puts standard input into raw mode if the process gets it as its terminal.
-    pub(super) fn enter(args: &ProcessArgs) -> anyhow::Result<Option<Self>> {
+    pub(super) fn enter_for(args: &ProcessArgs) -> anyhow::Result<Option<Self>> {
+        match is_handed_on(args) {
+            true => Self::enter(),
+            false => Ok(None),
+        }
+    }
+
+    /// Puts standard input into raw mode if it is a terminal.
+    pub(super) fn enter() -> anyhow::Result<Option<Self>> {
         let stdin = io::stdin();
-        if !(is_handed_on(args) && stdin.is_terminal()) {
+        if !stdin.is_terminal() {
             return Ok(None);
         }
         let enter = || {

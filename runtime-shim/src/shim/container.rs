@@ -3,7 +3,7 @@
 use super::agent::CallError;
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
 use super::process::{Exit, Life, Process};
-use super::stdio::{Paths, StdioError, Streams};
+use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
 use crate::files;
@@ -28,6 +28,9 @@ const MAX_EXECS: usize = 1024;
 const KILL_ANSWERS: Duration = Duration::from_secs(5);
 /// After the first process, the others of its PID namespace are gone too.
 const EXECS_FOLLOW: Duration = Duration::from_secs(5);
+
+/// The last of the output reaches the log within this time after the end, or is dropped.
+const LOG_TAKES: Duration = Duration::from_secs(10);
 
 /// Why a container operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +78,8 @@ pub(super) enum ContainerError {
 pub(super) trait Observer: Send + Sync {
     /// The first process runs.
     fn started(&self, pid: u32);
+    /// Its processes were frozen, or go on.
+    fn paused(&self, paused: bool);
     /// The first process ended; `error` when that was not its own doing.
     fn exited(&self, exit: Exit, error: &str);
 }
@@ -97,6 +102,8 @@ pub(super) struct Create<'a> {
     pub(super) bundle: PathBuf,
     pub(super) rootfs: Vec<RootfsMount>,
     pub(super) paths: Paths,
+    /// For what the first process writes.
+    pub(super) log: Option<&'a SharedLog>,
     pub(super) launch: Launch<'a>,
     pub(super) shim_main: u64,
     pub(super) observer: Arc<dyn Observer>,
@@ -111,6 +118,7 @@ impl Container {
             bundle,
             rootfs,
             paths,
+            log,
             launch,
             shim_main,
             observer,
@@ -126,7 +134,7 @@ impl Container {
         )?;
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
         let request = create_request(&id, &plan)?;
-        let (streams, ends) = Streams::open(&paths)?;
+        let (streams, ends) = Streams::open(&paths, log)?;
         let init = Arc::new(Process::new(String::new(), paths, Vec::new()));
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
@@ -236,7 +244,7 @@ impl Container {
         self: &Arc<Self>,
         process: Arc<Process>,
     ) -> Result<u32, ContainerError> {
-        let (streams, ends) = Streams::open(&process.paths)?;
+        let (streams, ends) = Streams::open(&process.paths, None)?;
         process.set_streams(streams);
         let mut stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
         let Hints { user, rows, cols } = Hints::of(&process.spec);
@@ -289,6 +297,10 @@ impl Container {
         };
         if process.exec_id.is_empty() {
             self.others_ended().await;
+            if process.paths.stdout.is_empty() {
+                // The log is complete before the end is told. (A FIFO's reader may be slow, and waits for it himself.)
+                process.drained(LOG_TAKES).await;
+            }
             self.observer.exited(exit, &error);
         }
         process.set_exited(exit);

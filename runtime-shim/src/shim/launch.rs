@@ -2,7 +2,7 @@
 
 use super::agent::{Agent, CallError};
 use super::stdio::GuestEnds;
-use super::vm::{Ended, Vm};
+use super::vm::{Ended, Vm, VmError};
 use crate::fds;
 use crate::journal::Journal;
 use crate::plan::Plan;
@@ -15,7 +15,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Bytes kept of what a VMM prints: it says why it ends, and nothing else.
@@ -75,7 +74,6 @@ pub(super) struct Sandbox {
     pub(super) hello: proto::HelloResponse,
     /// When the agent had answered: host CLOCK_MONOTONIC in ns.
     pub(super) hello_ns: u64,
-    next_port: AtomicU32,
 }
 
 /// What a launch needs besides the plan.
@@ -119,6 +117,14 @@ impl FirstStreams {
         }
         Self { stdio, ports }
     }
+}
+
+/// One of two thousand million ports, none of them a first stream's.
+fn unguessable_port() -> Result<u32, VmError> {
+    let mut bytes = [0; 4];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| VmError::Random(e.to_string()))?;
+    Ok(u32::from_ne_bytes(bytes) | 1 << 31)
 }
 
 fn open(what: &'static str, path: &Path, flags: OFlags) -> Result<OwnedFd, LaunchError> {
@@ -191,7 +197,6 @@ impl Sandbox {
             },
         )?;
         drop((kvm, kernel, initrd, disks));
-        let next_port = FIRST_STREAM_PORT + ports.len() as u32;
         drop(ports);
 
         let agent = Agent::new(ours, vm.ended()).map_err(LaunchError::Setup)?;
@@ -204,7 +209,6 @@ impl Sandbox {
             agent,
             hello,
             hello_ns: monotonic_ns(),
-            next_port: next_port.into(),
         };
         if plan.vcpus > 1 {
             let request = proto::OnlineCpusRequest {
@@ -218,12 +222,13 @@ impl Sandbox {
         Ok((sandbox, streams.stdio))
     }
 
-    /// Opens a port for each stream of a further process.
+    /// Opens a port for each stream of a further process. The first to connect gets the stream, and the container
+    /// could: it runs already. So only the agent is told the numbers.
     pub(super) async fn listen(
         &self,
         ends: GuestEnds,
         terminal: bool,
-    ) -> Result<proto::Stdio, super::vm::VmError> {
+    ) -> Result<proto::Stdio, VmError> {
         let mut stdio = proto::Stdio {
             terminal,
             ..Default::default()
@@ -234,7 +239,7 @@ impl Sandbox {
             (ends.stderr, &mut stdio.stderr_port),
         ] {
             if let Some(fd) = fd {
-                let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+                let port = unguessable_port()?;
                 let command = Command::VsockListen { port };
                 self.vm.request(command, &[fd.as_fd()]).await?;
                 *slot = port;

@@ -8,11 +8,13 @@ mod container;
 mod launch;
 mod link;
 mod process;
+mod recorder;
 mod serve;
 mod service;
 mod stats;
 mod stdio;
 pub mod timing;
+mod unattended;
 mod vm;
 
 pub use serve::{Serve, run};

@@ -1,18 +1,21 @@
 //! The shim's main loop: serve until told to leave or left alone.
 
-use super::container::Observer;
 use super::launch::monotonic_ns;
-use super::process::Exit;
-use super::service::Service;
+use super::recorder::Recorder;
+use super::service::{Asked, Service};
+use super::unattended;
 use crate::journal::Journal;
+use crate::log;
+use crate::restart::{Policy, Restarts};
 use crate::settings::Settings;
-use crate::state::{SandboxDir, State, Status, now_ns};
+use crate::state::SandboxDir;
 use anyhow::Context;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use tokio::io::Interest;
 use tokio::sync::watch;
@@ -30,53 +33,18 @@ pub struct Serve {
     pub listener: OwnedFd,
     /// The directory's lock, held as long as we live.
     pub lock: OwnedFd,
-    /// Ends when whoever started us is gone; then so are we. `None`: we outlive them.
+    /// Ends when whoever started us is gone; then so are we, but for an `unattended` container that was started.
     pub lifeline: Option<OwnedFd>,
     /// Where the guest's console goes.
     pub console: Option<OwnedFd>,
     /// The container goes away with its end: nothing it wrote needs to be kept.
     pub discard: bool,
-}
-
-/// Writes down in the sandbox's directory what happened.
-struct Recorder {
-    dir: SandboxDir,
-    discard: bool,
-    status: Mutex<Status>,
-}
-
-impl Recorder {
-    fn update(&self, change: impl FnOnce(&mut Status)) {
-        let mut status = self.status.lock().unwrap_or_else(|e| e.into_inner());
-        change(&mut status);
-        // The status is for people and for the tidying up: a full disk must not stop the container.
-        let _ = self.dir.write_status(&status);
-    }
-}
-
-impl Observer for Recorder {
-    fn started(&self, pid: u32) {
-        self.update(|status| {
-            status.state = State::Running;
-            status.pid = pid;
-            status.started = now_ns();
-        });
-    }
-
-    fn exited(&self, exit: Exit, error: &str) {
-        // The directory is about to go; only what went wrong is still to be told.
-        if self.discard && error.is_empty() && !exit.oom_killed {
-            return;
-        }
-        self.update(|status| {
-            status.state = State::Exited;
-            status.pid = 0;
-            status.exit_code = exit.status;
-            status.finished = exit.at_ns;
-            status.oom_killed = exit.oom_killed;
-            status.error = error.to_owned();
-        });
-    }
+    /// Nobody attends the container: we see to its end, and start it again as this says.
+    pub unattended: Option<Policy>,
+    /// What the container writes is logged, within these bounds.
+    pub log: Option<log::Limits>,
+    /// Open files that stay so as long as we live: the image's lease.
+    pub held: Vec<OwnedFd>,
 }
 
 /// Serves one sandbox until its end.
@@ -92,11 +60,16 @@ pub fn run(serve: Serve) -> anyhow::Result<()> {
 
 async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyhow::Result<()> {
     let (leave, mut leaving) = watch::channel(false);
-    let recorder = Arc::new(Recorder {
-        dir: SandboxDir::inherited(serve.dir.clone(), serve.lock),
-        discard: serve.discard,
-        status: Mutex::default(),
-    });
+    let log = match serve.log {
+        Some(limits) => {
+            let writer = log::Writer::open(&serve.dir, limits);
+            let writer = writer.context("can't open the container's log")?;
+            Some(Arc::new(Mutex::new(writer)))
+        }
+        None => None,
+    };
+    let dir = SandboxDir::inherited(serve.dir.clone(), serve.lock);
+    let recorder = Arc::new(Recorder::new(dir, serve.discard));
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
@@ -106,22 +79,29 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         observer: recorder.clone(),
         leave,
         container: tokio::sync::Mutex::new(None),
+        log,
+        asked: Asked::default(),
     });
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener(serve.listener)?)
         .register_service(task_services(service.clone()));
     server.start().await.context("can't serve the Task API")?;
 
+    let discard = || {
+        if serve.discard {
+            // Nobody else is left to do it; what fails here, the next command does.
+            let _ = recorder.dir.remove();
+        }
+    };
     tokio::select! {
         _ = leaving.wait_for(|leave| *leave) => {}
-        () = alone(serve.lifeline) => {
+        () = alone(serve.lifeline, serve.unattended.is_some().then_some(&service)) => {
             service.abandon().await;
-            if serve.discard {
-                // Nobody else is left to do it; what fails here, the next command does.
-                let _ = recorder.dir.remove();
-            }
+            discard();
         }
+        () = look_after(serve.unattended, &service, &recorder) => discard(),
     }
+    recorder.close();
     // Sends the last answers.
     let _ = server.shutdown().await;
     Ok(())
@@ -143,12 +123,23 @@ fn task_services(service: Arc<Service>) -> HashMap<String, TtrpcService> {
     services
 }
 
-/// Returns once whoever holds the other end of the lifeline is gone.
-async fn alone(lifeline: Option<OwnedFd>) {
+/// Returns once an unattended container has ended for good; never for another.
+async fn look_after(policy: Option<Policy>, service: &Service, recorder: &Recorder) {
+    match policy {
+        Some(policy) => unattended::look_after(service, recorder, Restarts::new(policy)).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns once whoever holds the other end of the lifeline is gone; never if the container of `outliving` was started by then.
+async fn alone(lifeline: Option<OwnedFd>, outliving: Option<&Arc<Service>>) {
     let watched = lifeline.and_then(|fd| crate::fds::watched(fd, Interest::READABLE).ok());
     match watched {
         // Nothing is ever written: readable means that it ended.
         Some(fd) => drop(fd.readable().await),
         None => std::future::pending().await,
+    }
+    if outliving.is_some_and(|service| service.asked.start.load(Ordering::Relaxed)) {
+        std::future::pending().await
     }
 }

@@ -5,8 +5,8 @@ use super::container::{Container, ContainerError, Create, Observer};
 use super::launch::Launch;
 use super::process::{Exit, Life, Process};
 use super::stats;
-use super::stdio::Paths;
-use crate::journal::Journal;
+use super::stdio::{Paths, SharedLog};
+use crate::journal::{Journal, VMM_ROLE};
 use crate::plan::RootfsMount;
 use crate::rpc::{KILLED, SIGKILL, chain, status};
 use crate::settings::Settings;
@@ -18,6 +18,7 @@ use containerd_shim_protos::shim_async::Task;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 use ttrpc::r#async::TtrpcContext;
@@ -44,6 +45,18 @@ pub(super) struct Service {
     pub(super) leave: watch::Sender<bool>,
     /// Held while a container is made, so that two calls at once make one.
     pub(super) container: Mutex<Option<Arc<Container>>>,
+    /// For what the container writes.
+    pub(super) log: Option<SharedLog>,
+    pub(super) asked: Asked,
+}
+
+/// What was asked of the container, for those who look after it when nobody attends.
+#[derive(Default)]
+pub(super) struct Asked {
+    /// How it was created, to do so again.
+    create: std::sync::Mutex<Option<api::CreateTaskRequest>>,
+    /// It was started.
+    pub(super) start: AtomicBool,
 }
 
 fn code_of(error: &ContainerError) -> Code {
@@ -152,6 +165,28 @@ impl Service {
         }
     }
 
+    /// Waits for the end of the container's first process and gives back what it ran on; its files stay.
+    pub(super) async fn end_of_container(&self) -> Option<Exit> {
+        let container = self.container.lock().await.clone()?;
+        let exit = container.init.exited().await;
+        container.end(self.discard).await;
+        self.container.lock().await.take();
+        Some(exit)
+    }
+
+    /// Starts a container that ended, as it was started before.
+    pub(super) async fn start_again(&self) -> Reply<()> {
+        let created = self.asked.create.lock();
+        let created = created.unwrap_or_else(|e| e.into_inner()).clone();
+        let Some(request) = created else {
+            return Err(status(Code::FAILED_PRECONDITION, "it was never created"));
+        };
+        // The one of the last start is gone. What can't be rewritten grows a little.
+        let _ = self.journal.forget_processes(|role| role == VMM_ROLE);
+        let container = self.create_container(request).await?;
+        container.start_init().await.map_err(failed)
+    }
+
     async fn create_container(&self, req: api::CreateTaskRequest) -> Reply<Arc<Container>> {
         check_id(&req.id)?;
         let mut held = self.container.lock().await;
@@ -170,6 +205,9 @@ impl Service {
                 "restoring a checkpoint is not supported",
             ));
         }
+        if let Ok(mut created) = self.asked.create.lock() {
+            *created = Some(req.clone());
+        }
         let create = Create {
             id: req.id,
             bundle: req.bundle.into(),
@@ -180,6 +218,7 @@ impl Service {
                 stdout: req.stdout,
                 stderr: req.stderr,
             },
+            log: self.log.as_ref(),
             launch: Launch {
                 settings: &self.settings,
                 journal: &self.journal,
@@ -226,6 +265,7 @@ impl Task for Service {
         }
         let pid = if req.exec_id.is_empty() {
             container.start_init().await.map_err(failed)?;
+            self.asked.start.store(true, Ordering::Relaxed);
             container.sandbox.vm.pid()
         } else {
             container.start_exec(process).await.map_err(failed)?
@@ -384,6 +424,7 @@ impl Task for Service {
         let request = Self::container_request(&req.id);
         let agent = &container.sandbox.agent;
         agent.pause(&request).await.map_err(call_failed)?;
+        self.observer.paused(true);
         Ok(Empty::new())
     }
 
@@ -392,6 +433,7 @@ impl Task for Service {
         let request = Self::container_request(&req.id);
         let agent = &container.sandbox.agent;
         agent.resume(&request).await.map_err(call_failed)?;
+        self.observer.paused(false);
         Ok(Empty::new())
     }
 

@@ -6,11 +6,13 @@
 //! goes away and comes back loses nothing. Standard input ends once the front
 //! door called CloseIO and every writer of the FIFO is gone, as with runc's shim.
 
+use crate::log::{self, Stream};
+use crate::state::now_ns;
 use rustix::fs::{FileType, Mode, OFlags};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
@@ -53,6 +55,9 @@ pub(super) enum StdioError {
     Socket(#[source] io::Error),
 }
 
+/// A container's log, which its first process's outputs share.
+pub(super) type SharedLog = Arc<Mutex<log::Writer>>;
+
 /// The other ends, for the VMM: a port is opened for each.
 #[derive(Debug, Default)]
 pub(super) struct GuestEnds {
@@ -74,8 +79,11 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Opens everything that `paths` names and starts pumping.
-    pub(super) fn open(paths: &Paths) -> Result<(Self, GuestEnds), StdioError> {
+    /// Opens everything that `paths` names and starts pumping; what is written goes to the log too, if there is one.
+    pub(super) fn open(
+        paths: &Paths,
+        log: Option<&SharedLog>,
+    ) -> Result<(Self, GuestEnds), StdioError> {
         let mut ends = GuestEnds::default();
         let mut streams = Self {
             stdin: None,
@@ -95,17 +103,28 @@ impl Streams {
             streams.stdin_keeper = Mutex::new(Some(keeper));
             ends.stdin = Some(theirs);
         }
-        for (path, end, wanted) in [
-            (&paths.stdout, &mut ends.stdout, true),
-            (&paths.stderr, &mut ends.stderr, !paths.terminal),
+        for (path, end, stream, wanted) in [
+            (&paths.stdout, &mut ends.stdout, Stream::Stdout, true),
+            (
+                &paths.stderr,
+                &mut ends.stderr,
+                Stream::Stderr,
+                !paths.terminal,
+            ),
         ] {
-            if path.is_empty() || !wanted {
+            if (path.is_empty() && log.is_none()) || !wanted {
                 continue;
             }
-            let sink = Sink::open(path)?;
+            let outlet = Outlet {
+                sink: match path.as_str() {
+                    "" => None,
+                    path => Some(Sink::open(path)?),
+                },
+                log: log.map(|log| (log.clone(), stream)),
+            };
             let (ours, theirs) = socket_pair()?;
             let (from_guest, other) = ours.into_split();
-            outputs.push(tokio::spawn(pump_out(from_guest, other, sink)));
+            outputs.push(tokio::spawn(pump_out(from_guest, other, outlet)));
             *end = Some(theirs);
         }
         streams.outputs = Mutex::new(outputs);
@@ -230,20 +249,39 @@ impl Sink {
     }
 }
 
-/// From the guest to the sink, until the guest's end closes.
-async fn pump_out(mut from: OwnedReadHalf, _keep_open: OwnedWriteHalf, sink: Sink) {
+/// Everything that one output goes to.
+struct Outlet {
+    /// None any more once it failed.
+    sink: Option<Sink>,
+    log: Option<(SharedLog, Stream)>,
+}
+
+impl Outlet {
+    /// What fails (a full disk) must not stop the process: its output is dropped there from then on.
+    async fn write_all(&mut self, bytes: &[u8]) {
+        if let Some((log, stream)) = &self.log {
+            // There may be room for later lines.
+            let _ = lock(log).append(now_ns(), *stream, bytes);
+        }
+        if let Some(sink) = &self.sink
+            && sink.write_all(bytes).await.is_err()
+        {
+            self.sink = None;
+        }
+    }
+}
+
+/// From the guest to the outlet, until the guest's end closes.
+async fn pump_out(mut from: OwnedReadHalf, _keep_open: OwnedWriteHalf, mut outlet: Outlet) {
     // Most streams of most processes carry nothing: the buffer comes with the first byte.
     if from.readable().await.is_err() {
         return;
     }
     let mut buffer = vec![0; BUFFER];
-    let mut sink_works = true;
     loop {
         match from.read(&mut buffer).await {
             Ok(0) | Err(_) => return,
-            // A sink that fails (a full disk) must not stop the process: it reads on and drops.
-            Ok(n) if sink_works => sink_works = sink.write_all(&buffer[..n]).await.is_ok(),
-            Ok(_) => {}
+            Ok(n) => outlet.write_all(&buffer[..n]).await,
         }
     }
 }
@@ -302,7 +340,7 @@ mod tests {
             .write(true)
             .open(opener)
             .unwrap();
-        let (streams, ends) = Streams::open(&paths).unwrap();
+        let (streams, ends) = Streams::open(&paths, None).unwrap();
         let mut guest = StdUnixStream::from(ends.stdout.unwrap());
         guest.set_nonblocking(false).unwrap();
         let sent: Vec<u8> = (0..1_000_000u32).map(|i| (i * 7 % 251) as u8).collect();
@@ -328,7 +366,7 @@ mod tests {
             stdin: make_fifo(dir.path(), "in"),
             ..Paths::default()
         };
-        let (streams, ends) = Streams::open(&paths).unwrap();
+        let (streams, ends) = Streams::open(&paths, None).unwrap();
         let guest = StdUnixStream::from(ends.stdin.unwrap());
         let mut guest = UnixStream::from_std(guest).unwrap();
         let mut buffer = [0; 64];
@@ -363,8 +401,26 @@ mod tests {
                 stdout: path.into(),
                 ..Paths::default()
             };
-            assert!(Streams::open(&paths).is_err(), "{path}");
+            assert!(Streams::open(&paths, None).is_err(), "{path}");
         }
+    }
+
+    #[tokio::test]
+    async fn log_gets_both_outputs_without_any_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = log::Writer::open(dir.path(), log::Limits::default()).unwrap();
+        let log = Arc::new(Mutex::new(log));
+        let (streams, ends) = Streams::open(&Paths::default(), Some(&log)).unwrap();
+        for (end, bytes) in [(ends.stdout, b"out\n"), (ends.stderr, b"err\n")] {
+            StdUnixStream::from(end.unwrap()).write_all(bytes).unwrap();
+        }
+        streams.drained(Duration::from_secs(5)).await;
+        let mut reader = log::Reader::open(dir.path()).unwrap().unwrap();
+        let mut read = || reader.read().unwrap().unwrap();
+        let mut entries = [read(), read()];
+        entries.sort_by_key(|e| e.stream == Stream::Stderr);
+        assert_eq!(entries[0].content, b"out\n");
+        assert_eq!(entries[1].content, b"err\n");
     }
 
     #[tokio::test]
@@ -375,7 +431,7 @@ mod tests {
             stdout: format!("file://{}", log.display()),
             ..Paths::default()
         };
-        let (streams, ends) = Streams::open(&paths).unwrap();
+        let (streams, ends) = Streams::open(&paths, None).unwrap();
         StdUnixStream::from(ends.stdout.unwrap())
             .write_all(b"line\n")
             .unwrap();

@@ -1,7 +1,7 @@
 //! One VMM process: started, watched, asked and ended.
 
 use crate::fds;
-use crate::journal::Journal;
+use crate::journal::{Journal, VMM_ROLE};
 use casemate_protocol::text::{printable_lines, tail};
 use casemate_vmm::config::VmConfig;
 use casemate_vmm::control::{Answer, Command, MAX_MESSAGE, Message, Phase, Request};
@@ -64,6 +64,9 @@ pub(super) enum VmError {
     /// The socket failed.
     #[error("can't talk to the VMM: {0}")]
     Socket(String),
+    /// No port for a stream.
+    #[error("no random number for a port: {0}")]
+    Random(String),
 }
 
 type Pending = HashMap<u64, oneshot::Sender<Result<Answer, String>>>;
@@ -127,7 +130,7 @@ impl Vm {
         drop(theirs);
         let pid = child.id();
         // Best effort: a VMM that is gone already is noticed by the watcher.
-        let _ = journal.record_process("vmm", pid as i32);
+        let _ = journal.record_process(VMM_ROLE, pid as i32);
         Self::watch(child, ours)
     }
 

@@ -99,7 +99,7 @@ fn image_in_use_survives_rmi_and_prune() {
     host.casemate(["rmi", "busybox"])
         .fails()
         .complains_of("busybox")
-        .complains_of("sandbox runs on it");
+        .complains_of("was made from it");
     host.casemate(["prune", "--all", "--force"])
         .succeeds()
         .mentions("Deleted: sha256:");

@@ -5,6 +5,7 @@ mod bad_options;
 mod check;
 mod confined;
 mod containers;
+mod detached;
 mod exec;
 mod exit_codes;
 mod filesystem;

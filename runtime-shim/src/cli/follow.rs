@@ -1,0 +1,73 @@
+//! Follows a container's log while it grows.
+
+use crate::fds;
+use crate::log::{Entry, Reader};
+use crate::state;
+use anyhow::Context;
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Whoever writes the log may die without a word: then nothing in the directory changes any more.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// A reader that waits for what is yet to be written.
+pub(super) struct Follower {
+    dir: PathBuf,
+    reader: Option<Reader>,
+    changes: AsyncFd<OwnedFd>,
+}
+
+impl Follower {
+    /// Follows the log in a container's directory, from where `reader` is; `None`: from a beginning that is yet to come.
+    pub(super) fn new(dir: &Path, reader: Option<Reader>) -> anyhow::Result<Self> {
+        let watch = || {
+            let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+            let events = WatchFlags::MODIFY
+                | WatchFlags::CREATE
+                | WatchFlags::MOVED_TO
+                | WatchFlags::DELETE_SELF
+                | WatchFlags::MOVE_SELF;
+            inotify::add_watch(&fd, dir, events)?;
+            fds::watched(fd, Interest::READABLE)
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            reader,
+            changes: watch().with_context(|| format!("can't watch {}", dir.display()))?,
+        })
+    }
+
+    /// The next entry, once there is one; `None` once the container has ended and all was read.
+    pub(super) async fn next(&mut self) -> anyhow::Result<Option<Entry>> {
+        loop {
+            // Asked first: what is written before the end is there to be read after it.
+            let over = !state::is_looked_after(&self.dir);
+            if self.reader.is_none() {
+                self.reader = Reader::open(&self.dir).context("can't read the log")?;
+            }
+            if let Some(reader) = &mut self.reader
+                && let Some(entry) = reader.read().context("can't read the log")?
+            {
+                return Ok(Some(entry));
+            }
+            if over {
+                return Ok(None);
+            }
+            let _ = tokio::time::timeout(LOOK_AGAIN, self.changed()).await;
+        }
+    }
+
+    /// Returns once something in the directory changed.
+    async fn changed(&self) -> std::io::Result<()> {
+        // Which file it was doesn't matter.
+        let mut events = [0; 4096];
+        let read = self.changes.async_io(Interest::READABLE, |fd| {
+            Ok(rustix::io::read(fd, &mut events[..])?)
+        });
+        read.await.map(|_| ())
+    }
+}
