@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Name of the file in the sandbox's directory.
@@ -40,6 +40,11 @@ pub enum Taken {
         /// Absolute path.
         path: PathBuf,
     },
+    /// A directory outside the sandbox's own that goes with the container, with all that is in it.
+    Directory {
+        /// Absolute path.
+        path: PathBuf,
+    },
     /// A container's name: a file that holds its id, and another's once the name changed hands.
     Name {
         /// Absolute path.
@@ -65,13 +70,21 @@ impl Journal {
 
     /// Writes down one thing.
     pub fn record(&self, taken: &Taken) -> io::Result<()> {
-        let mut line = serde_json::to_vec(taken)?;
-        line.push(b'\n');
         let mut file = OpenOptions::new()
+            .read(true)
             .append(true)
             .create(true)
             .mode(0o600)
             .open(&self.path)?;
+        let mut line = Vec::new();
+        // A torn last line must not take this one with it.
+        let end = file.metadata()?.len();
+        let mut last = [b'\n'];
+        if end > 0 && file.read_at(&mut last, end - 1)? == 1 && last != *b"\n" {
+            line.push(b'\n');
+        }
+        serde_json::to_writer(&mut line, taken)?;
+        line.push(b'\n');
         file.write_all(&line)
     }
 
@@ -150,6 +163,13 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
             Taken::Name { path, id } if std::fs::read(path).is_ok_and(|o| o == id.as_bytes()) => {
                 path
             }
+            Taken::Directory { path } => {
+                match std::fs::remove_dir_all(path) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+                continue;
+            }
             Taken::Name { .. } | Taken::Process { .. } => continue,
         };
         match std::fs::remove_file(path) {
@@ -188,7 +208,9 @@ mod tests {
         journal.record(&file).unwrap();
         let mut raw = OpenOptions::new().append(true).open(&journal.path).unwrap();
         raw.write_all(b"{\"took\":\"file\",\"pa").unwrap();
-        assert_eq!(journal.read().unwrap(), [file]);
+        assert_eq!(journal.read().unwrap(), std::slice::from_ref(&file));
+        journal.record(&file).unwrap();
+        assert_eq!(journal.read().unwrap(), [file.clone(), file]);
     }
 
     #[test]

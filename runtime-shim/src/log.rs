@@ -8,16 +8,23 @@
 //! The file is `container.log`. When it would outgrow its limit it becomes
 //! `container.log.1`, the one before `.2`, up to the number of files that are kept.
 
+use crate::scratch;
 use crate::times;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, BufRead, Seek, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// Name of the newest file in the sandbox's directory.
+/// Where the log of a container is: with the data, as what a container writes must not fill the host's memory.
+pub fn dir_of(data_dir: &Path, state_dir: &Path, id: &str) -> PathBuf {
+    scratch::dir_of(data_dir, state_dir).join(format!("{id}.log"))
+}
+
+/// Name of the newest file.
 pub const FILE_NAME: &str = "container.log";
 /// Longer content is split: a reader needs a bound, and the CRI's own is 16 KiB.
 const MAX_CONTENT: usize = 16 << 10;
@@ -151,7 +158,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Opens or makes the log in a sandbox's directory.
+    /// Opens the log in a directory, or makes it there.
     pub fn open(dir: &Path, limits: Limits) -> io::Result<Self> {
         let path = dir.join(FILE_NAME);
         let file = open_for_appending(&path)?;
@@ -169,12 +176,43 @@ impl Writer {
     pub fn append(&mut self, at_ns: u64, stream: Stream, bytes: &[u8]) -> io::Result<()> {
         self.buffer.clear();
         format(&mut self.buffer, at_ns, stream, bytes);
-        let length = self.buffer.len() as u64;
-        if self.size > 0 && self.size + length > self.limits.size {
-            self.rotate()?;
+        let buffer = std::mem::take(&mut self.buffer);
+        let written = self.write_lines(&buffer);
+        self.buffer = buffer;
+        written
+    }
+
+    /// Writes whole lines, each file of them within the limit.
+    fn write_lines(&mut self, mut lines: &[u8]) -> io::Result<()> {
+        while !lines.is_empty() {
+            let room = self.limits.size.saturating_sub(self.size);
+            let fitting = match usize::try_from(room) {
+                Ok(room) if room < lines.len() => {
+                    let end = lines[..room].iter().rposition(|b| *b == b'\n');
+                    end.map_or(0, |end| end + 1)
+                }
+                _ => lines.len(),
+            };
+            let now = match fitting {
+                0 if self.size > 0 => {
+                    self.rotate()?;
+                    continue;
+                }
+                // A single line beyond the limit has a file of its own.
+                0 => lines
+                    .iter()
+                    .position(|b| *b == b'\n')
+                    .map_or(lines.len(), |end| end + 1),
+                fitting => fitting,
+            };
+            if let Err(error) = self.file.write_all(&lines[..now]) {
+                // Half a line would be taken for the beginning of the next one.
+                let _ = self.file.set_len(self.size);
+                return Err(error);
+            }
+            self.size += now as u64;
+            lines = &lines[now..];
         }
-        self.file.write_all(&self.buffer)?;
-        self.size += length;
         Ok(())
     }
 
@@ -222,17 +260,10 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Opens the log in a sandbox's directory; `None` if there is none.
+    /// Opens the log in a directory; `None` if there is none.
     pub fn open(dir: &Path) -> io::Result<Option<Self>> {
         let path = dir.join(FILE_NAME);
-        let mut files = Vec::new();
-        for n in 0.. {
-            match File::open(rotated(&path, n)) {
-                Ok(file) => files.push(file),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
-                Err(e) => return Err(e),
-            }
-        }
+        let mut files = younger_than(&path, None)?;
         let Some(oldest) = files.pop() else {
             return Ok(None);
         };
@@ -301,22 +332,33 @@ impl Reader {
 
     /// Looks for files that came after the current one; whether there are any.
     fn find_newer(&mut self) -> io::Result<bool> {
-        use std::os::unix::fs::MetadataExt;
-        let ours = self.current.get_ref().metadata()?;
-        for n in 0.. {
-            let file = match File::open(rotated(&self.path, n)) {
-                Ok(file) => file,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
-                Err(e) => return Err(e),
-            };
-            let there = file.metadata()?;
-            if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) {
-                break;
-            }
-            self.newer.push(file);
-        }
+        let current = self.current.get_ref().metadata()?;
+        self.newer = younger_than(&self.path, Some(&current))?;
         Ok(!self.newer.is_empty())
     }
+}
+
+/// The files that came after one of them, or all, the oldest last. They may be rotated meanwhile.
+fn younger_than(path: &Path, known: Option<&Metadata>) -> io::Result<Vec<File>> {
+    let same = |a: &Metadata, b: &Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    let mut files: Vec<(File, Metadata)> = Vec::new();
+    for n in 0.. {
+        let file = match File::open(rotated(path, n)) {
+            Ok(file) => file,
+            // Just now there is no newest one, maybe.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && n == 0 => continue,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+            Err(e) => return Err(e),
+        };
+        let there = file.metadata()?;
+        if known.is_some_and(|known| same(known, &there)) {
+            break;
+        }
+        if !files.last().is_some_and(|(_, last)| same(last, &there)) {
+            files.push((file, there));
+        }
+    }
+    Ok(files.into_iter().map(|(file, _)| file).collect())
 }
 
 #[cfg(test)]
@@ -372,6 +414,22 @@ mod tests {
         let kept = all(&mut Reader::open(dir.path()).unwrap().unwrap());
         assert!(kept.len() > 40);
         assert_eq!(kept.last().unwrap().content, b"line 199\n");
+    }
+
+    #[test]
+    fn output_larger_than_a_file_is_spread_over_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            size: 4096,
+            files: 1000,
+        };
+        let mut log = Writer::open(dir.path(), limits).unwrap();
+        log.append(AT, Stream::Stdout, &[b'\n'; 5000]).unwrap();
+        for file in std::fs::read_dir(dir.path()).unwrap() {
+            assert!(file.unwrap().metadata().unwrap().len() <= 4096);
+        }
+        let entries = all(&mut Reader::open(dir.path()).unwrap().unwrap());
+        assert_eq!(entries.len(), 5000);
     }
 
     #[test]

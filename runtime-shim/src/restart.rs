@@ -103,6 +103,7 @@ pub struct Restarts {
     policy: Policy,
     /// Since it last ran for long.
     in_a_row: u32,
+    wait: Duration,
 }
 
 impl Restarts {
@@ -111,11 +112,12 @@ impl Restarts {
         Self {
             policy,
             in_a_row: 0,
+            wait: SHORTEST,
         }
     }
 
-    /// The container ended with `code` after `ran`: how long to wait before it starts again, if it shall.
-    pub fn after(&mut self, code: u32, ran: Duration) -> Option<Duration> {
+    /// The container ended with `code` after `ran`: whether it starts again.
+    pub fn again(&mut self, code: u32, ran: Duration) -> bool {
         if ran >= HEALTHY {
             self.in_a_row = 0;
         }
@@ -125,12 +127,17 @@ impl Restarts {
             Policy::OnFailure(None) => code != 0,
             Policy::OnFailure(Some(times)) => code != 0 && self.in_a_row < times,
         };
-        if !again {
-            return None;
+        if again {
+            let wait = SHORTEST.saturating_mul(1 << self.in_a_row.min(20));
+            self.wait = wait.min(LONGEST);
+            self.in_a_row += 1;
         }
-        let wait = SHORTEST.saturating_mul(1 << self.in_a_row.min(20));
-        self.in_a_row += 1;
-        Some(wait.min(LONGEST))
+        again
+    }
+
+    /// How long to wait before the start that was last granted.
+    pub fn wait(&self) -> Duration {
+        self.wait
     }
 }
 
@@ -160,27 +167,28 @@ mod tests {
     #[test]
     fn on_failure_gives_up_after_so_many_in_a_row() {
         let mut restarts = Restarts::new(Policy::OnFailure(Some(2)));
-        assert!(restarts.after(1, AT_ONCE).is_some());
-        assert!(restarts.after(1, AT_ONCE).is_some());
-        assert_eq!(restarts.after(1, AT_ONCE), None);
-        assert!(restarts.after(1, HEALTHY).is_some());
-        assert_eq!(restarts.after(0, AT_ONCE), None);
+        assert!(restarts.again(1, AT_ONCE));
+        assert!(restarts.again(1, AT_ONCE));
+        assert!(!restarts.again(1, AT_ONCE));
+        assert!(restarts.again(1, HEALTHY));
+        assert!(!restarts.again(0, AT_ONCE));
     }
 
     #[test]
     fn waits_double_up_to_a_bound_and_begin_anew_after_a_healthy_run() {
         let mut restarts = Restarts::new(Policy::Always);
-        let waits: Vec<_> = (0..3)
-            .map(|_| restarts.after(0, AT_ONCE).unwrap().as_millis())
-            .collect();
+        let mut wait = |ran| {
+            assert!(restarts.again(0, ran));
+            restarts.wait()
+        };
+        let waits = [AT_ONCE; 3].map(|ran| wait(ran).as_millis());
         assert_eq!(waits, [100, 200, 400]);
-        let longest = (0..100).filter_map(|_| restarts.after(0, AT_ONCE)).max();
-        assert_eq!(longest, Some(LONGEST));
-        assert_eq!(restarts.after(0, HEALTHY), Some(SHORTEST));
+        assert_eq!((0..100).map(|_| wait(AT_ONCE)).max(), Some(LONGEST));
+        assert_eq!(wait(HEALTHY), SHORTEST);
     }
 
     #[test]
     fn no_means_no() {
-        assert_eq!(Restarts::new(Policy::No).after(1, AT_ONCE), None);
+        assert!(!Restarts::new(Policy::No).again(1, AT_ONCE));
     }
 }

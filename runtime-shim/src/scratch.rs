@@ -257,18 +257,22 @@ pub fn search_path() -> String {
     format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin")
 }
 
-/// Deletes scratch disks that no container owns any more, after a reboot took the state away.
+/// Deletes scratch disks and logs that no container owns any more, after a reboot took the state away.
 pub fn remove_orphans(scratch_dir: &Path, owned: impl Fn(&str) -> bool) {
     let Ok(entries) = std::fs::read_dir(scratch_dir) else {
         return;
     };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        if let Some(id) = name.to_str().and_then(|n| n.strip_suffix(".img"))
-            && !owned(id)
-        {
-            let _ = std::fs::remove_file(entry.path());
-        }
+        let Some((id, kind)) = name.to_str().and_then(|name| name.rsplit_once('.')) else {
+            continue;
+        };
+        // What can't be deleted is met again after the next reboot.
+        let _ = match kind {
+            "img" if !owned(id) => std::fs::remove_file(entry.path()),
+            "log" if !owned(id) => std::fs::remove_dir_all(entry.path()),
+            _ => Ok(()),
+        };
     }
 }
 

@@ -73,6 +73,11 @@ pub enum StateError {
     /// The container is running.
     #[error("container {0} is running; stop it first, or use --force")]
     Running(String),
+    /// Somebody else is at it.
+    #[error(
+        "container {0} is still being started or ended by another process after {1:?}; try again"
+    )]
+    Busy(String, Duration),
     /// A kill didn't help.
     #[error("container {0} still runs {1:?} after its processes were killed")]
     Stuck(String, Duration),
@@ -132,7 +137,7 @@ pub struct Meta {
 /// How a container is: replaced at each change.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Created, running or exited.
+    /// What it is doing.
     pub state: State,
     /// The VMM's process while it runs.
     #[serde(default)]
@@ -429,7 +434,7 @@ impl StateRoot {
                 }
                 Lock::Missing => return Err(StateError::NotFound(container.meta.name.clone())),
                 Lock::Theirs if Instant::now() > deadline => {
-                    return Err(StateError::Stuck(container.meta.id.clone(), PATIENCE));
+                    return Err(StateError::Busy(container.meta.id.clone(), PATIENCE));
                 }
                 Lock::Theirs => std::thread::sleep(Duration::from_millis(5)),
             }
@@ -605,12 +610,16 @@ enum Lock {
     Missing,
 }
 
-/// Whether somebody looks after the container of this directory and it has not ended.
+/// Whether somebody looks after the container of this directory and it has not ended for good.
 pub fn is_looked_after(dir: &Path) -> bool {
     let status: Option<Status> = read_json(dir, "status.json");
     // One that is being started has no status yet.
-    let alive = status.is_none_or(|status| status.state != State::Exited);
-    alive && matches!(lock(dir), Ok(Lock::Theirs))
+    status.is_none_or(|status| status.state != State::Exited) && is_locked(dir)
+}
+
+/// Whether somebody holds the lock of this directory.
+pub fn is_locked(dir: &Path) -> bool {
+    matches!(lock(dir), Ok(Lock::Theirs))
 }
 
 fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, StateError> {

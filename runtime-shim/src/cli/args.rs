@@ -33,6 +33,8 @@ pub(super) enum Command {
     Logs(LogsArgs),
     /// Take part in a running container: see its output, give it input
     Attach(AttachArgs),
+    /// Show what running containers use
+    Stats(StatsArgs),
     /// Give a container another name
     Rename(RenameArgs),
     /// Fetch an image from a registry
@@ -284,6 +286,25 @@ pub(super) struct AttachArgs {
     pub(super) container: String,
 }
 
+/// `casemate stats`
+#[derive(Debug, Default, Args)]
+pub(super) struct StatsArgs {
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+    /// Show those that don't run too
+    #[arg(short, long)]
+    pub(super) all: bool,
+    /// Show the figures once
+    #[arg(long)]
+    pub(super) no_stream: bool,
+    /// Don't shorten ids
+    #[arg(long)]
+    pub(super) no_trunc: bool,
+    /// Names or ids; without any: all that run
+    pub(super) containers: Vec<String>,
+}
+
 /// `casemate rename`
 #[derive(Debug, Args)]
 pub(super) struct RenameArgs {
@@ -307,7 +328,7 @@ pub(super) struct PullArgs {
 }
 
 /// `--format`
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(super) struct FormatArgs {
     /// table, json or a Go template such as '{{.ID}}'
     #[arg(long)]

@@ -21,6 +21,7 @@ const READER_GONE: u8 = 128 + libc::SIGPIPE as u8;
 const PATIENCE: usize = 3;
 /// What counts as in a row.
 const IN_A_ROW: Duration = Duration::from_secs(10);
+const SIGHUP: u8 = libc::SIGHUP as u8;
 const SIGINT: u8 = libc::SIGINT as u8;
 const SIGKILL: u8 = libc::SIGKILL as u8;
 const SIGTERM: u8 = libc::SIGTERM as u8;
@@ -74,10 +75,21 @@ impl Fifos {
 pub(super) struct Attached {
     outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>,
     input: Option<streams::Input>,
-    /// The process works for us alone: without a reader, for nobody.
-    ours: bool,
-    /// Its standard input ends with ours.
-    ends_input: bool,
+    relation: Relation,
+}
+
+/// What a process is to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Relation {
+    /// It works for us alone: without a reader, for nobody.
+    Ours,
+    /// It runs by itself.
+    LookingOn {
+        /// Its standard input ends with ours.
+        ends_input: bool,
+        /// Our signals are its own.
+        hands_on_signals: bool,
+    },
 }
 
 /// How attending ended.
@@ -85,8 +97,10 @@ pub(super) struct Attached {
 pub(super) enum End {
     /// The process did, with this exit code.
     Exited(u8),
-    /// The keys were typed that leave it to itself.
+    /// It is left to itself.
     Detached,
+    /// It had ended before we asked.
+    Gone,
 }
 
 impl Attached {
@@ -106,29 +120,24 @@ impl Attached {
             "" => None,
             path => Some(streams::copy_input(Path::new(path), None)?),
         };
-        Ok(Self {
-            outputs,
-            input,
-            ours: true,
-            ends_input: true,
-        })
+        Ok(Self::new(outputs, input, Relation::Ours))
     }
 
-    /// Looks on at a process that runs by itself.
-    pub(super) fn looking_on(
-        output: JoinHandle<anyhow::Result<OutputEnd>>,
-        mut input: Option<streams::Input>,
-        ends_input: bool,
+    /// Streams that are being copied already.
+    pub(super) fn new(
+        outputs: Vec<JoinHandle<anyhow::Result<OutputEnd>>>,
+        input: Option<streams::Input>,
+        relation: Relation,
     ) -> Self {
-        if let Some(input) = &mut input {
-            input.keeper = None;
-        }
-        Self {
-            outputs: vec![output],
+        let mut streams = Self {
+            outputs,
             input,
-            ours: false,
-            ends_input,
+            relation,
+        };
+        if relation != Relation::Ours {
+            streams.shim_is_there();
         }
+        streams
     }
 
     /// The shim has opened its ends: what is in them can't get lost any more.
@@ -145,6 +154,7 @@ impl End {
         match self {
             Self::Exited(code) => code,
             Self::Detached => 0,
+            Self::Gone => FAILED,
         }
     }
 }
@@ -223,20 +233,31 @@ pub(super) async fn attend(
         }
         tokio::select! {
             exit = &mut wait, if status.is_none() => match exit {
-                Ok(code) => status = Some(u8::try_from(code).unwrap_or(u8::MAX)),
+                Ok(code) => status = Some(End::Exited(u8::try_from(code).unwrap_or(u8::MAX))),
+                // Its output is complete by then, and its exit code written down.
+                Err(_) if streams.relation != Relation::Ours => status = Some(End::Gone),
                 Err(error) => bail!("the shim is gone: {}", rpc::parts(&error).1),
             },
             end = &mut outputs, if !drained => {
                 drained = true;
                 if end? == OutputEnd::ReaderGone {
-                    if streams.ours {
+                    if streams.relation == Relation::Ours {
                         let _ = client.kill(process, SIGKILL.into()).await;
                     }
                     return Ok(End::Exited(READER_GONE));
                 }
             }
             number = signals.next() => {
-                if !impatience.at(number, Instant::now()) {
+                if let Relation::LookingOn { hands_on_signals, .. } = streams.relation
+                    && number != WINDOW_CHANGE
+                {
+                    if number == SIGHUP || impatience.at(number, Instant::now()) {
+                        return Ok(End::Detached);
+                    }
+                    if hands_on_signals {
+                        owed.push_back(Call::Signal(number));
+                    }
+                } else if !impatience.at(number, Instant::now()) {
                     owed.push_back(Call::Signal(number));
                 } else if status.is_some() {
                     // It ended: only its output is still awaited.
@@ -248,12 +269,14 @@ pub(super) async fn attend(
             () = ended(&mut call) => call = None,
             end = stdin_ended(&mut streams.input) => match end {
                 InputEnd::Detached => return Ok(End::Detached),
-                InputEnd::Complete if streams.ends_input => owed.push_back(Call::CloseStdin),
-                InputEnd::Complete => {}
+                InputEnd::Complete => match streams.relation {
+                    Relation::LookingOn { ends_input: false, .. } => {}
+                    _ => owed.push_back(Call::CloseStdin),
+                },
             },
         }
     }
-    Ok(End::Exited(status.unwrap_or(FAILED)))
+    Ok(status.unwrap_or(End::Gone))
 }
 
 /// Returns once the call was answered; never without one.

@@ -8,7 +8,9 @@ use crate::settings::Settings;
 use crate::state::SandboxDir;
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::TaskClient;
+use protobuf::Message;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -245,6 +247,18 @@ impl Client {
             ..Default::default()
         };
         self.task.delete(quick(), &request).await.map(|_| ())
+    }
+
+    /// The counters of the container's cgroup.
+    pub(super) async fn stats(&self, container: &str) -> ttrpc::Result<Metrics> {
+        let request = api::StatsRequest {
+            id: container.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.task.stats(quick(), &request).await?;
+        let packed = answer.stats.into_option().unwrap_or_default();
+        Metrics::parse_from_bytes(&packed.value)
+            .map_err(|e| ttrpc::Error::Others(format!("the counters can't be read: {e}")))
     }
 
     /// Freezes the container's processes.

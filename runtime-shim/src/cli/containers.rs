@@ -1,7 +1,7 @@
 //! `ps`, `rm`, `inspect`.
 
 use super::args::{InspectArgs, Kind, PsArgs, RenameArgs, RmArgs};
-use super::{create, images, output};
+use super::{create, images, lifecycle, output};
 use crate::settings::Settings;
 use crate::state::{Container, DEFAULT_NAMESPACE, Meta, State, StateRoot, now_ns};
 use crate::times;
@@ -127,14 +127,13 @@ pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
 }
 
 /// `casemate rm`
-pub(super) fn rm(settings: &Settings, args: &RmArgs) -> anyhow::Result<()> {
-    let root = state(settings)?;
-    for name in &args.containers {
+pub(super) async fn rm(settings: &Settings, args: &RmArgs) -> anyhow::Result<()> {
+    lifecycle::for_each(settings, &args.containers, async |root, name| {
         let container = root.find(name)?;
         root.remove(&container, args.force)?;
-        output::write(&format!("{name}\n"))?;
-    }
-    Ok(())
+        Ok(name.to_owned())
+    })
+    .await
 }
 
 /// What `inspect` shows of a container, in Docker's shape.

@@ -14,6 +14,7 @@ use anyhow::{Context, bail};
 use casemate_image::{Image, RootfsDisk};
 use serde_json::Value;
 use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// A log smaller than this would be rotated at every other line.
@@ -90,6 +91,7 @@ pub(super) async fn make(
     let dir = root.create(&meta)?;
     let filled = write_bundle(dir.path(), &spec, &hostname)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
+        .and_then(|()| make_log(settings, &meta, &dir))
         .and_then(|()| cidfile.map_or(Ok(()), |file| file.write(&id)));
     if let Err(error) = filled {
         // The first error is the one to tell.
@@ -314,6 +316,21 @@ fn make_scratch(
         .context("can't write the sandbox's journal")?;
     scratch::create(&settings.data_dir, size, &path)?;
     Ok(())
+}
+
+fn make_log(settings: &Settings, meta: &Meta, dir: &SandboxDir) -> anyhow::Result<()> {
+    if meta.log.is_none() {
+        return Ok(());
+    }
+    let path = log::dir_of(&settings.data_dir, &settings.state_dir, &meta.id);
+    dir.journal()
+        .record(&Taken::Directory { path: path.clone() })
+        .context("can't write the sandbox's journal")?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&path)
+        .with_context(|| format!("can't make {}", path.display()))
 }
 
 #[cfg(test)]

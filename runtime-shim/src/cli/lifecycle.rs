@@ -5,13 +5,15 @@ use super::client::{Client, ProcessId};
 use super::{containers, output, signals};
 use crate::rpc::{self, SIGKILL, SIGTERM};
 use crate::settings::Settings;
-use crate::state::{Container, State, StateError, StateRoot};
+use crate::state::{self, Container, State, StateRoot};
 use anyhow::{Context, bail};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use ttrpc::proto::Code;
 
 /// What a container gets before it is killed, unless it or the user wants otherwise.
 const STOP_TAKES: Duration = Duration::from_secs(10);
+/// Between two looks at a container that is ending.
+const SETTLES: Duration = Duration::from_millis(5);
 /// After a kill the guest's end is a matter of moments.
 const KILL_TAKES: Duration = Duration::from_secs(30);
 
@@ -112,46 +114,55 @@ pub(super) async fn stop(settings: &Settings, args: &StopArgs) -> anyhow::Result
     .await
 }
 
-/// Asks a container to end, and kills it if it doesn't; one that ended already is stopped.
+/// Asks a container to end, and kills it if it doesn't; one that ended already is stopped. Returns once nobody looks
+/// after it any more: it can be started again, or removed.
 pub(super) async fn stop_one(
     root: &StateRoot,
     name: &str,
     timeout: Option<u32>,
 ) -> anyhow::Result<()> {
     let container = root.find(name)?;
-    if !container.status.state.is_alive() {
+    if !state::is_looked_after(&container.dir) && !container.status.state.is_alive() {
         return Ok(());
     }
     container.mark_ending()?;
-    if container.status.state == State::Running {
-        let running = Running::find(root, name)?;
-        let timeout = timeout.or(container.meta.stop_timeout);
-        let timeout = timeout.map_or(STOP_TAKES, |s| Duration::from_secs(s.into()));
-        running.signal(running.stop_signal()).await?;
-        if !running.ends_within(timeout).await {
-            running.signal(SIGKILL).await?;
-            if !running.ends_within(KILL_TAKES).await {
-                bail!("container {name} still runs {KILL_TAKES:?} after it was killed");
+    let timeout = timeout.or(container.meta.stop_timeout);
+    let timeout = timeout.map_or(STOP_TAKES, |s| Duration::from_secs(s.into()));
+    let deadline = Instant::now() + timeout + KILL_TAKES;
+    // One that is just starting again is asked once it runs, if it still gets there.
+    while state::is_locked(&container.dir) {
+        if let Ok(running) = Running::find(root, &container.meta.id) {
+            running.signal(running.stop_signal()).await?;
+            if !running.ends_within(timeout).await {
+                running.signal(SIGKILL).await?;
+                running.ends_within(KILL_TAKES).await;
             }
         }
+        if Instant::now() > deadline {
+            bail!("container {name} still runs {KILL_TAKES:?} after it was killed");
+        }
+        tokio::time::sleep(SETTLES).await;
     }
-    // What it ran on is given back: it can be started again, or removed.
-    match root.take(&container) {
-        Ok(_) | Err(StateError::NotFound(_)) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+    Ok(())
 }
 
 /// `casemate wait`
 pub(super) async fn wait(settings: &Settings, args: &ContainersArgs) -> anyhow::Result<()> {
     for_each(settings, &args.containers, async |root, name| {
         let container = root.find(name)?;
-        if container.status.state != State::Running {
-            return Ok(container.status.exit_code.to_string());
-        }
-        let running = Running::find(root, name)?;
-        let code = answered(running.client.wait(running.init()).await);
-        Ok(code.context("the container's shim is gone")?.to_string())
+        let id = &container.meta.id;
+        let code = match Running::find(root, id) {
+            Ok(running) => running.client.wait(running.init()).await.ok(),
+            Err(_) => None,
+        };
+        // One that ended in between has left its exit code.
+        let code = code.or_else(|| {
+            let status = root.find(id).ok()?.status;
+            (!status.state.is_alive()).then_some(status.exit_code)
+        });
+        let code =
+            code.with_context(|| format!("container {name} is gone, and its exit code with it"))?;
+        Ok(code.to_string())
     })
     .await
 }

@@ -4,12 +4,13 @@ use super::args::LogsArgs;
 use super::containers;
 use super::follow::Follower;
 use super::streams::{Output, OutputEnd};
-use crate::log::{Entry, Reader, Stream};
+use crate::log::{self, Entry, Reader, Stream};
 use crate::settings::Settings;
 use crate::state::now_ns;
 use crate::times;
 use anyhow::{Context, bail};
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// `casemate logs`
 pub(super) async fn logs(settings: &Settings, args: &LogsArgs) -> anyhow::Result<()> {
@@ -37,7 +38,8 @@ pub(super) async fn logs(settings: &Settings, args: &LogsArgs) -> anyhow::Result
         );
     }
     let mut printer = Printer::new(args.timestamps);
-    let mut reader = Reader::open(&container.dir).context("can't read the log")?;
+    let dir = log::dir_of(&settings.data_dir, &settings.state_dir, &container.meta.id);
+    let mut reader = Reader::open(&dir).context("can't read the log")?;
     let mut last = LastLines::new(tail);
     while let Some(reader) = &mut reader
         && let Some(entry) = reader.read().context("can't read the log")?
@@ -58,13 +60,17 @@ pub(super) async fn logs(settings: &Settings, args: &LogsArgs) -> anyhow::Result
     if !args.follow {
         return Ok(());
     }
-    let mut follower = Follower::new(&container.dir, reader)?;
-    while let Some(entry) = follower.next().await? {
-        if entry.at_ns > until || printer.print(&entry)? == OutputEnd::ReaderGone {
-            return Ok(());
+    let mut follower = Follower::new(&container.dir, &dir, reader)?;
+    let follow = async {
+        while let Some(entry) = follower.next().await? {
+            if entry.at_ns > until || printer.print(&entry)? == OutputEnd::ReaderGone {
+                break;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    let left = Duration::from_nanos(until.saturating_sub(now_ns()));
+    tokio::time::timeout(left, follow).await.unwrap_or(Ok(()))
 }
 
 /// A time, or an age counted back from `now`, as nanoseconds since the epoch.

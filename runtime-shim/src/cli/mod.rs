@@ -25,6 +25,7 @@ mod run;
 mod signals;
 mod spec;
 mod start;
+mod stats;
 mod streams;
 mod template;
 mod terminal;
@@ -56,11 +57,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Help goes to standard output; a wrong `run` exits as Docker's does.
+/// Help goes to standard output; a wrong `run` or `create` exits as Docker's does.
 fn usage(error: &clap::Error) -> ExitCode {
     // A closed standard output is nothing to complain about.
     let _ = error.print();
-    let is_run = std::env::args().nth(1).as_deref() == Some("run");
+    let word = std::env::args().nth(1);
+    let is_run = matches!(word.as_deref(), Some("run" | "create"));
     match error.exit_code() {
         0 => ExitCode::SUCCESS,
         _ if is_run => ExitCode::from(RUN_FAILED),
@@ -90,10 +92,11 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
     match command {
         Command::Run(args) => event_loop()?.block_on(run::run(&settings, &args, begun)),
         Command::Create(args) => event_loop()?.block_on(create::create(&settings, &args)),
-        Command::Start(args) => event_loop()?.block_on(start::start(&settings, &args)),
+        Command::Start(args) => or_1(blocking_code(start::start(&settings, &args))),
         Command::Restart(args) => done(blocking(start::restart(&settings, &args))),
         Command::Logs(args) => done(blocking(logs::logs(&settings, &args))),
-        Command::Attach(args) => event_loop()?.block_on(attach::attach(&settings, &args)),
+        Command::Attach(args) => or_1(blocking_code(attach::attach(&settings, &args))),
+        Command::Stats(args) => done(blocking(stats::stats(&settings, &args))),
         Command::Rename(args) => done(containers::rename(&settings, &args)),
         Command::Pull(args) => done(blocking(images::pull(&settings, &args))),
         Command::Load(args) => done(blocking(images::load(&settings, &args))),
@@ -104,10 +107,8 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Prune(args) => done(images::prune(&settings, &args)),
         Command::Inspect(args) => done(containers::inspect(&settings, &args)),
         Command::Ps(args) => done(containers::ps(&settings, &args)),
-        Command::Rm(args) => done(containers::rm(&settings, &args)),
-        Command::Exec(args) => event_loop()
-            .map_err(run::Failure::from)
-            .and_then(|event_loop| event_loop.block_on(exec::exec(&settings, &args))),
+        Command::Rm(args) => done(blocking(containers::rm(&settings, &args))),
+        Command::Exec(args) => or_1(blocking_code(exec::exec(&settings, &args))),
         Command::Stop(args) => done(blocking(lifecycle::stop(&settings, &args))),
         Command::Kill(args) => done(blocking(lifecycle::kill(&settings, &args))),
         Command::Wait(args) => done(blocking(lifecycle::wait(&settings, &args))),
@@ -121,12 +122,27 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
     }
 }
 
-/// Everything but `run` fails with 1.
+/// What Docker's engine doesn't do itself fails with 1.
 fn done(result: anyhow::Result<()>) -> Result<u8, run::Failure> {
     match result {
         Ok(()) => Ok(0),
         Err(error) => Err(run::Failure { error, code: 1 }),
     }
+}
+
+/// Only for `run` and `create` is a failure of ours told from one of the command by 125.
+fn or_1(result: Result<u8, run::Failure>) -> Result<u8, run::Failure> {
+    result.map_err(|failure| run::Failure {
+        code: match failure.code {
+            RUN_FAILED => 1,
+            code => code,
+        },
+        ..failure
+    })
+}
+
+fn blocking_code(work: impl Future<Output = Result<u8, run::Failure>>) -> Result<u8, run::Failure> {
+    event_loop()?.block_on(work)
 }
 
 fn event_loop() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -31,7 +31,11 @@ pub(super) fn print(
 
 /// Writes to standard output, without anything that could steer a terminal (JSON stays the same JSON); a reader that left is no error.
 pub(super) fn write(text: &str) -> anyhow::Result<()> {
-    let text = printable_lines(text);
+    write_raw(&printable_lines(text))
+}
+
+/// Writes to standard output as it is; a reader that left is no error.
+pub(super) fn write_raw(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e.into()),

@@ -105,15 +105,14 @@ pub(super) async fn start(settings: &Settings, args: &StartArgs) -> Result<u8, F
     let signals = Signals::new()?;
     let root = containers::state(settings)?;
     let container = root.find(name)?;
-    let from = attach::From::now(&container)?;
+    let from = attach::From::now(settings, &container)?;
     start_one(settings, &root, name).await?;
-    let running = lifecycle::Running::find(&root, name)?;
     let wishes = attach::Wishes {
         input: args.interactive,
         ends_input: true,
         keys: DetachKeys::default(),
     };
-    attach::follow(running, from, wishes, signals).await
+    attach::follow(&root, container, from, wishes, signals).await
 }
 
 async fn start_one(settings: &Settings, root: &StateRoot, name: &str) -> anyhow::Result<()> {

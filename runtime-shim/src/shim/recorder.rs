@@ -2,6 +2,7 @@
 
 use super::container::Observer;
 use super::process::Exit;
+use crate::restart::{Policy, Restarts};
 use crate::state::{SandboxDir, State, Status, now_ns};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -13,16 +14,19 @@ pub(super) struct Recorder {
     /// The directory goes away with the container.
     discard: bool,
     status: Mutex<Status>,
+    /// For a container that starts again by itself.
+    restarts: Mutex<Restarts>,
     ended: Notify,
 }
 
 impl Recorder {
     /// For the container whose directory this is.
-    pub(super) fn new(dir: SandboxDir, discard: bool) -> Self {
+    pub(super) fn new(dir: SandboxDir, discard: bool, policy: Policy) -> Self {
         Self {
             dir,
             discard,
             status: Mutex::default(),
+            restarts: Mutex::new(Restarts::new(policy)),
             ended: Notify::new(),
         }
     }
@@ -39,15 +43,11 @@ impl Recorder {
         self.status.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Returns once the first process ended, for each of its ends.
-    pub(super) async fn ended(&self) {
+    /// Returns once the first process ended, for each of its ends: how long to wait before it starts again, if it shall.
+    pub(super) async fn ended(&self) -> Option<Duration> {
         self.ended.notified().await;
-    }
-
-    /// How long the first process ran.
-    pub(super) fn ran(&self) -> Duration {
         let status = self.lock();
-        Duration::from_nanos(status.finished.saturating_sub(status.started))
+        (status.state == State::Restarting).then(|| self.restarts().wait())
     }
 
     /// Whether somebody asked the container to end, so that it shall not start again.
@@ -55,17 +55,16 @@ impl Recorder {
         self.dir.is_ending()
     }
 
-    /// It waits to be started again.
-    pub(super) fn restarting(&self) {
-        self.update(|status| {
-            status.state = State::Restarting;
-            status.restarts += 1;
-        });
+    fn restarts(&self) -> std::sync::MutexGuard<'_, Restarts> {
+        self.restarts.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// It could not be started again.
     pub(super) fn failed(&self, error: &str) {
-        self.update(|status| error.clone_into(&mut status.error));
+        self.update(|status| {
+            status.state = State::Exited;
+            error.clone_into(&mut status.error);
+        });
     }
 
     /// Nobody looks after it any more: it doesn't wait to be started.
@@ -96,8 +95,15 @@ impl Observer for Recorder {
     fn exited(&self, exit: Exit, error: &str) {
         // A directory that is about to go needs to tell only what went wrong.
         let untold = self.discard && error.is_empty() && !exit.oom_killed;
+        // Decided before the end is told: whoever looks never sees a container ended that starts again.
+        let ran = Duration::from_nanos(exit.at_ns.saturating_sub(self.lock().started));
+        let again = !self.is_ending() && self.restarts().again(exit.status, ran);
         let ended = |status: &mut Status| {
-            status.state = State::Exited;
+            status.state = match again {
+                true => State::Restarting,
+                false => State::Exited,
+            };
+            status.restarts += u32::from(again);
             status.pid = 0;
             status.paused = false;
             status.exit_code = exit.status;

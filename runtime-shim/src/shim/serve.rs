@@ -6,7 +6,7 @@ use super::service::{Asked, Service};
 use super::unattended;
 use crate::journal::Journal;
 use crate::log;
-use crate::restart::{Policy, Restarts};
+use crate::restart::Policy;
 use crate::settings::Settings;
 use crate::state::SandboxDir;
 use anyhow::Context;
@@ -62,14 +62,20 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
     let (leave, mut leaving) = watch::channel(false);
     let log = match serve.log {
         Some(limits) => {
-            let writer = log::Writer::open(&serve.dir, limits);
+            let id = serve.dir.file_name().unwrap_or_default().to_string_lossy();
+            let dir = log::dir_of(&settings.data_dir, &settings.state_dir, &id);
+            let writer = log::Writer::open(&dir, limits);
             let writer = writer.context("can't open the container's log")?;
             Some(Arc::new(Mutex::new(writer)))
         }
         None => None,
     };
     let dir = SandboxDir::inherited(serve.dir.clone(), serve.lock);
-    let recorder = Arc::new(Recorder::new(dir, serve.discard));
+    let recorder = Arc::new(Recorder::new(
+        dir,
+        serve.discard,
+        serve.unattended.unwrap_or_default(),
+    ));
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
@@ -81,6 +87,7 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         container: tokio::sync::Mutex::new(None),
         log,
         asked: Asked::default(),
+        unwanted: watch::Sender::new(false),
     });
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener(serve.listener)?)
@@ -96,10 +103,11 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
     tokio::select! {
         _ = leaving.wait_for(|leave| *leave) => {}
         () = alone(serve.lifeline, serve.unattended.is_some().then_some(&service)) => {
+            service.unwanted.send_replace(true);
             service.abandon().await;
             discard();
         }
-        () = look_after(serve.unattended, &service, &recorder) => discard(),
+        () = unattended::look_after(&service, &recorder), if serve.unattended.is_some() => discard(),
     }
     recorder.close();
     // Sends the last answers.
@@ -121,14 +129,6 @@ fn task_services(service: Arc<Service>) -> HashMap<String, TtrpcService> {
         .map(|service| (TASK_V2.to_owned(), service));
     services.extend(under_v2_name);
     services
-}
-
-/// Returns once an unattended container has ended for good; never for another.
-async fn look_after(policy: Option<Policy>, service: &Service, recorder: &Recorder) {
-    match policy {
-        Some(policy) => unattended::look_after(service, recorder, Restarts::new(policy)).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// Returns once whoever holds the other end of the lifeline is gone; never if the container of `outliving` was started by then.

@@ -48,6 +48,8 @@ pub(super) struct Service {
     /// For what the container writes.
     pub(super) log: Option<SharedLog>,
     pub(super) asked: Asked,
+    /// Set when a container that is being made is not wanted any more.
+    pub(super) unwanted: watch::Sender<bool>,
 }
 
 /// What was asked of the container, for those who look after it when nobody attends.
@@ -166,16 +168,17 @@ impl Service {
     }
 
     /// Waits for the end of the container's first process and gives back what it ran on; its files stay.
-    pub(super) async fn end_of_container(&self) -> Option<Exit> {
-        let container = self.container.lock().await.clone()?;
-        let exit = container.init.exited().await;
-        container.end(self.discard).await;
-        self.container.lock().await.take();
-        Some(exit)
+    pub(super) async fn end_of_container(&self) {
+        let held = self.container.lock().await.clone();
+        if let Some(container) = held {
+            container.init.exited().await;
+            container.end(self.discard).await;
+            self.container.lock().await.take();
+        }
     }
 
-    /// Starts a container that ended, as it was started before.
-    pub(super) async fn start_again(&self) -> Reply<()> {
+    /// Starts a container that ended as it was started before, if it is still `wanted` once its guest is up.
+    pub(super) async fn start_again(&self, wanted: impl Fn() -> bool) -> Reply<bool> {
         let created = self.asked.create.lock();
         let created = created.unwrap_or_else(|e| e.into_inner()).clone();
         let Some(request) = created else {
@@ -184,7 +187,12 @@ impl Service {
         // The one of the last start is gone. What can't be rewritten grows a little.
         let _ = self.journal.forget_processes(|role| role == VMM_ROLE);
         let container = self.create_container(request).await?;
-        container.start_init().await.map_err(failed)
+        if !wanted() {
+            self.abandon().await;
+            return Ok(false);
+        }
+        container.start_init().await.map_err(failed)?;
+        Ok(true)
     }
 
     async fn create_container(&self, req: api::CreateTaskRequest) -> Reply<Arc<Container>> {
@@ -248,7 +256,14 @@ impl Task for Service {
         _: &TtrpcContext,
         req: api::CreateTaskRequest,
     ) -> Reply<api::CreateTaskResponse> {
-        let container = self.create_container(req).await?;
+        let mut unwanted = self.unwanted.subscribe();
+        // A guest that hangs would hold up the end of the sandbox: its VMM goes with us.
+        let container = tokio::select! {
+            made = self.create_container(req) => made?,
+            _ = unwanted.wait_for(|unwanted| *unwanted) => {
+                return Err(status(Code::CANCELLED, "the sandbox is being ended"));
+            }
+        };
         Ok(api::CreateTaskResponse {
             pid: container.sandbox.vm.pid(),
             ..Default::default()
@@ -479,6 +494,9 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, req: api::ShutdownRequest) -> Reply<Empty> {
+        if req.now {
+            self.unwanted.send_replace(true);
+        }
         let mut held = self.container.lock().await;
         if held.is_some() && !req.now {
             // As containerd expects: only the last one out turns off the light.

@@ -2,7 +2,7 @@
 
 use casemate_protocol::agent::StatsResponse;
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
@@ -34,6 +34,16 @@ pub(super) fn metrics(stats: &StatsResponse) -> protobuf::Result<Any> {
             usage_limit: stats.memory_limit,
             inactive_file: stats.memory_inactive_file,
             swap_usage: stats.memory_swap_current,
+            ..Default::default()
+        })
+        .into(),
+        // The guest's disks are not the host's: one sum says all.
+        io: Some(IOStat {
+            usage: vec![IOEntry {
+                rbytes: stats.io_read_bytes,
+                wbytes: stats.io_write_bytes,
+                ..Default::default()
+            }],
             ..Default::default()
         })
         .into(),

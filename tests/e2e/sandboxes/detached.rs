@@ -141,6 +141,66 @@ fn policy_starts_a_failing_container_again_and_gives_up() {
 }
 
 #[test]
+fn stop_holds_at_any_moment_of_a_restart() {
+    let host = Host::with_images();
+    detached(&host, "box", &["--restart", "always"], "exit 1");
+    for pause in [0, 150, 400, 900] {
+        std::thread::sleep(Duration::from_millis(pause));
+        host.casemate(["stop", "box"]).succeeds();
+        let stopped = state(&host, "box");
+        assert!(stopped.starts_with("exited 1"), "{stopped}");
+        std::thread::sleep(Duration::from_millis(700));
+        assert_eq!(state(&host, "box"), stopped);
+        host.casemate(["start", "box"]).succeeds();
+    }
+    host.casemate(["rm", "-f", "box"]).succeeds();
+    host.is_clean();
+}
+
+#[test]
+fn stats_show_what_a_container_uses() {
+    let host = Host::with_images();
+    detached(&host, "busy", &["--memory", "256m"], "while :; do :; done");
+    let line = host.casemate(["stats", "--no-stream", "--format", "json"]);
+    let row: serde_json::Value = serde_json::from_str(&line.succeeds().text()).unwrap();
+    assert_eq!(row["Name"], "busy", "{row}");
+    let share = row["CPUPerc"].as_str().unwrap().trim_end_matches('%');
+    assert!(share.parse::<f64>().unwrap() > 5.0, "{row}");
+    assert!(
+        row["MemUsage"].as_str().unwrap().ends_with("/ 268MB"),
+        "{row}"
+    );
+    assert!(row["PIDs"].as_u64().unwrap() >= 1, "{row}");
+    host.casemate(["stats", "--no-stream", "nobody"])
+        .fails()
+        .complains_of("nobody");
+    host.casemate(["rm", "-f", "busy"]).succeeds();
+    host.is_clean();
+}
+
+#[test]
+fn terminal_without_input_is_looked_at_only() {
+    let host = Host::with_images();
+    detached(
+        &host,
+        "box",
+        &["-t"],
+        "trap 'exit 9' INT; echo up; while :; do sleep 0.1; done",
+    );
+    let mut terminal = Terminal::start(host.command(["attach", "box"]), 24, 80);
+    std::thread::sleep(Duration::from_secs(1));
+    // Three interrupts leave the container to itself.
+    for _ in 0..3 {
+        terminal.types("\u{3}");
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    assert_eq!(terminal.ends(), 0);
+    assert_eq!(state(&host, "box"), "running 0 0");
+    host.casemate(["rm", "-f", "box"]).succeeds();
+    host.is_clean();
+}
+
+#[test]
 fn logs_follow_until_the_end_and_stay_within_their_bound() {
     let host = Host::with_images();
     let bound = ["--log-opt", "max-size=16k", "--log-opt", "max-file=2"];

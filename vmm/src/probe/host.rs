@@ -106,7 +106,7 @@ pub fn diagnose(error: &ProbeError, host: &HostFacts) -> Diagnosis {
         ),
         ProbeError::Version { .. } | ProbeError::Capability(_) => (
             error.to_string(),
-            "Update the host's kernel: Linux 5.10 or later is needed.".into(),
+            "Update the host's kernel: Linux 5.15 or later is needed.".into(),
         ),
         ProbeError::Absent(device) if host.virtualization && host.module => (
             format!("{error}, though KVM is loaded"),
