@@ -19,7 +19,7 @@ TRIPLE  := x86_64-unknown-linux-gnu
 STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --quiet --release --target $(TRIPLE)
 GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --quiet --profile agent --target $(TRIPLE)
 
-.PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e gate fuzz bench install uninstall clean
+.PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e gate fuzz bench reproduce install uninstall clean
 
 all: build
 
@@ -60,6 +60,7 @@ test: setup-test lint unit e2e gate fuzz ## pass the tests
 
 lint: setup-test
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
 	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
 
@@ -67,6 +68,7 @@ unit: setup-test
 	cargo test --workspace --features casemate-tests/bench --quiet
 
 e2e: setup-test build ## the end-to-end tests, on the KVM host
+	tests/kvm-host/selftest
 	vmm/tests/run
 	tests/run-e2e
 
@@ -79,6 +81,10 @@ fuzz: setup-test ## FUZZ_SECONDS=60 for each target
 bench: setup-test build ## measure; writes target/bench/ and docs/performance.md
 	tests/bench/run
 
+reproduce: setup ## build both kernels once more and compare them with the cached ones
+	guest-kernel-config/build --verify guest
+	guest-kernel-config/build --verify kvm-host
+
 install: ## PREFIX=/usr/local DESTDIR=
 	@test -x $(BIN)/casemate || { echo "nothing to install: run make first" >&2; exit 1; }
 	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin libexec/casemate share/casemate $(MAN) $(BASH) $(ZSH) $(FISH))
@@ -90,7 +96,11 @@ install: ## PREFIX=/usr/local DESTDIR=
 	install -m 644 $(STAGE)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(ZSH)/
 	install -m 644 $(STAGE)/$(FISH)/casemate.fish $(DESTDIR)$(PREFIX)/$(FISH)/
 
-uninstall: ## PREFIX=/usr/local DESTDIR=
+unreproduce: setup ## build both kernels once more and compare them with the cached ones
+	guest-kernel-config/build --verify guest
+	guest-kernel-config/build --verify kvm-host
+
+install: ## PREFIX=/usr/local DESTDIR=
 	rm -f $(DESTDIR)$(PREFIX)/bin/casemate $(DESTDIR)$(PREFIX)/bin/containerd-shim-casemate-v2
 	rm -f $(DESTDIR)$(PREFIX)/$(MAN)/casemate.1 $(DESTDIR)$(PREFIX)/$(MAN)/casemate-*.1
 	rm -f $(DESTDIR)$(PREFIX)/$(BASH)/casemate $(DESTDIR)$(PREFIX)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(FISH)/casemate.fish

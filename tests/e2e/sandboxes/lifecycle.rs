@@ -61,7 +61,7 @@ fn wait_prints_the_exit_code() {
 #[test]
 fn pause_freezes_until_unpause() {
     let host = Host::with_images();
-    let script = "echo up; n=0; while :; do n=$((n+1)); echo $n > /tmp/n; sleep 0.05; done";
+    let script = "echo up; n=0; while :; do n=$((n+1)); echo $n > /tmp/m; mv /tmp/m /tmp/n; sleep 0.05; done";
     let container = start(&host, "box", script);
     let count = |host: &Host| -> u64 {
         let out = host.casemate(["exec", "box", "cat", "/tmp/n"]);
