@@ -311,11 +311,6 @@ class Run:
             archive.add_directory(f"/copied/usr/{link}")
             archive.add_symlink(f"/copied/{link}", f"usr/{link}")
         archive.add_symlink("/copied/var/run", "/run")
-        # First: what is copied by name comes in place of busybox's own of that name.
-        archive.copy(os.path.realpath(busybox), "/usr/bin/busybox", "/copied")
-        applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
-        for applet in applets:
-            archive.add_symlink(f"/copied/usr/bin/{applet}", "busybox")
         copies = [*self._options.copy]
         if self._options.user:
             copies.append("/usr/bin/setpriv")
@@ -326,6 +321,10 @@ class Run:
                 archive.copy(source, target, "/copied")
             else:
                 archive.copy_at_own_path(source, "/copied")
+        archive.copy(os.path.realpath(busybox), "/usr/bin/busybox", "/copied")
+        applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
+        for applet in applets:
+            archive.add_symlink(f"/copied/usr/bin/{applet}", "busybox")
 
 
 def tsc_khz():

@@ -59,6 +59,16 @@ impl Running {
         }
     }
 
+    /// Asks it to end, and kills it if it doesn't.
+    async fn stop(&self, timeout: Duration) -> anyhow::Result<()> {
+        self.signal(self.stop_signal()).await?;
+        if !self.ends_within(timeout).await {
+            self.signal(SIGKILL).await?;
+            self.ends_within(KILL_TAKES).await;
+        }
+        Ok(())
+    }
+
     /// Waits until it ended; `false` if it goes on.
     async fn ends_within(&self, limit: Duration) -> bool {
         let ended = self.client.wait(self.init());
@@ -129,17 +139,18 @@ pub(super) async fn stop_one(
     let timeout = timeout.or(container.meta.stop_timeout);
     let timeout = timeout.map_or(STOP_TAKES, |s| Duration::from_secs(s.into()));
     let deadline = Instant::now() + timeout + KILL_TAKES;
+    let mut problem = None;
     // One that is just starting again is asked once it runs, if it still gets there.
     while state::is_locked(&container.dir) {
-        if let Ok(running) = Running::find(root, &container.meta.id) {
-            running.signal(running.stop_signal()).await?;
-            if !running.ends_within(timeout).await {
-                running.signal(SIGKILL).await?;
-                running.ends_within(KILL_TAKES).await;
-            }
-        }
         if Instant::now() > deadline {
-            bail!("container {name} still runs {KILL_TAKES:?} after it was killed");
+            let still = || anyhow::anyhow!("container {name} still runs after it was killed");
+            return Err(problem.unwrap_or_else(still));
+        }
+        if let Ok(running) = Running::find(root, &container.meta.id)
+            && let Err(error) = running.stop(timeout).await
+        {
+            // It may just be gone: then the lock is free in a moment.
+            problem = Some(error);
         }
         tokio::time::sleep(SETTLES).await;
     }
