@@ -96,11 +96,7 @@ install: ## PREFIX=/usr/local DESTDIR=
 	install -m 644 $(STAGE)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(ZSH)/
 	install -m 644 $(STAGE)/$(FISH)/casemate.fish $(DESTDIR)$(PREFIX)/$(FISH)/
 
-unreproduce: setup ## build both kernels once more and compare them with the cached ones
-	guest-kernel-config/build --verify guest
-	guest-kernel-config/build --verify kvm-host
-
-install: ## PREFIX=/usr/local DESTDIR=
+uninstall: ## PREFIX=/usr/local DESTDIR=
 	rm -f $(DESTDIR)$(PREFIX)/bin/casemate $(DESTDIR)$(PREFIX)/bin/containerd-shim-casemate-v2
 	rm -f $(DESTDIR)$(PREFIX)/$(MAN)/casemate.1 $(DESTDIR)$(PREFIX)/$(MAN)/casemate-*.1
 	rm -f $(DESTDIR)$(PREFIX)/$(BASH)/casemate $(DESTDIR)$(PREFIX)/$(ZSH)/_casemate $(DESTDIR)$(PREFIX)/$(FISH)/casemate.fish
