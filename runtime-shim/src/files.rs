@@ -1,4 +1,4 @@
-//! Files that others write: what is read of them is bounded.
+//! Files that others write, or have removed: what is read is bounded, what is gone is gone.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,6 +19,14 @@ pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
     String::from_utf8(read(path, limit)?)
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
+
+/// What a removal came to, if there was nothing left to remove.
+pub fn gone_is_fine(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! its parent's sockets close). Appends of one line are atomic; a torn last
 //! line, from a death while writing, is ignored.
 
+use crate::files::gone_is_fine;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use std::fs::OpenOptions;
@@ -83,8 +84,7 @@ impl Journal {
         if end > 0 && file.read_at(&mut last, end - 1)? == 1 && last != *b"\n" {
             line.push(b'\n');
         }
-        serde_json::to_writer(&mut line, taken)?;
-        line.push(b'\n');
+        push_line(&mut line, taken)?;
         file.write_all(&line)
     }
 
@@ -106,8 +106,7 @@ impl Journal {
         let mut text = Vec::new();
         for taken in self.read()? {
             if !matches!(&taken, Taken::Process { role, .. } if gone(role)) {
-                serde_json::to_writer(&mut text, &taken)?;
-                text.push(b'\n');
+                push_line(&mut text, &taken)?;
             }
         }
         let whole = self.path.with_extension("new");
@@ -129,6 +128,12 @@ impl Journal {
             .filter_map(|line| serde_json::from_str(line).ok())
             .collect())
     }
+}
+
+fn push_line(text: &mut Vec<u8>, taken: &Taken) -> io::Result<()> {
+    serde_json::to_writer(&mut *text, taken)?;
+    text.push(b'\n');
+    Ok(())
 }
 
 /// Kills what is still alive of `taken` but for ourselves, and nothing else.
@@ -158,24 +163,14 @@ pub fn kill_processes(taken: &[Taken]) {
 /// Deletes the files of `taken`; those already gone are fine.
 pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
     for item in taken {
-        let path = match item {
-            Taken::File { path } => path,
+        gone_is_fine(match item {
+            Taken::File { path } => std::fs::remove_file(path),
+            Taken::Directory { path } => std::fs::remove_dir_all(path),
             Taken::Name { path, id } if std::fs::read(path).is_ok_and(|o| o == id.as_bytes()) => {
-                path
+                std::fs::remove_file(path)
             }
-            Taken::Directory { path } => {
-                match std::fs::remove_dir_all(path) {
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                    _ => {}
-                }
-                continue;
-            }
-            Taken::Name { .. } | Taken::Process { .. } => continue,
-        };
-        match std::fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
+            Taken::Name { .. } | Taken::Process { .. } => Ok(()),
+        })?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use super::attend::{self, Attached, End, Relation, Signals};
 use super::client::{Client, ProcessId};
 use super::detach_keys::DetachKeys;
 use super::follow::Follower;
-use super::lifecycle::Running;
+use super::lifecycle::{self, Running};
 use super::run::Failure;
 use super::streams::{self, Output, OutputEnd};
 use super::{containers, terminal};
@@ -113,13 +113,8 @@ pub(super) async fn follow(
 
 /// What a container that ended left.
 fn exit_code(root: &StateRoot, id: &str, name: &str) -> Result<u8, Failure> {
-    let status = root.find(id).map(|container| container.status);
-    match status {
-        Ok(status) if !status.state.is_alive() => {
-            Ok(u8::try_from(status.exit_code).unwrap_or(u8::MAX))
-        }
-        _ => Err(anyhow::anyhow!("container {name} is gone, and its exit code with it").into()),
-    }
+    let code = lifecycle::left_exit_code(root, id, name)?;
+    Ok(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
 async fn show(mut follower: Follower) -> anyhow::Result<OutputEnd> {

@@ -5,7 +5,7 @@ use crate::log;
 use crate::restart::Policy;
 use crate::rpc;
 use crate::settings::Settings;
-use crate::state::SandboxDir;
+use crate::state::{SOCKET, SandboxDir};
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
@@ -319,7 +319,7 @@ impl SocketPath {
         let opened = rustix::fs::open(dir, flags, rustix::fs::Mode::empty())
             .with_context(|| format!("can't open {}", dir.display()))?;
         Ok(Self {
-            path: format!("/proc/self/fd/{}/task.sock", opened.as_raw_fd()),
+            path: format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd()),
             _dir: opened,
         })
     }

@@ -84,10 +84,7 @@ pub(super) async fn make(
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
-    let meta = Meta {
-        log,
-        ..meta(args, &image, &id, &spec, labels)
-    };
+    let meta = meta(args, &image, &id, &spec, labels, log);
     let dir = root.create(&meta)?;
     let filled = write_bundle(dir.path(), &spec, &hostname)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
@@ -242,6 +239,7 @@ fn meta(
     id: &str,
     spec: &Value,
     labels: Vec<(String, String)>,
+    log: Option<log::Limits>,
 ) -> Meta {
     let of_image = image.config.config().as_ref();
     let image_labels = of_image.and_then(|c| c.labels().clone());
@@ -264,7 +262,7 @@ fn meta(
             .or_else(|| of_image.and_then(|c| c.stop_signal().clone())),
         stop_timeout: args.stop_timeout,
         restart: args.restart,
-        log: None,
+        log,
         interactive: args.process.interactive,
         tty: args.process.tty,
         read_only: args.read_only,

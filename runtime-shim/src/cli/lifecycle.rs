@@ -162,20 +162,24 @@ pub(super) async fn wait(settings: &Settings, args: &ContainersArgs) -> anyhow::
     for_each(settings, &args.containers, async |root, name| {
         let container = root.find(name)?;
         let id = &container.meta.id;
-        let code = match Running::find(root, id) {
+        let told = match Running::find(root, id) {
             Ok(running) => running.client.wait(running.init()).await.ok(),
             Err(_) => None,
         };
-        // One that ended in between has left its exit code.
-        let code = code.or_else(|| {
-            let status = root.find(id).ok()?.status;
-            (!status.state.is_alive()).then_some(status.exit_code)
-        });
-        let code =
-            code.with_context(|| format!("container {name} is gone, and its exit code with it"))?;
+        let code = match told {
+            Some(code) => code,
+            // It ended in between.
+            None => left_exit_code(root, id, name)?,
+        };
         Ok(code.to_string())
     })
     .await
+}
+
+/// The exit code of a container that ended.
+pub(super) fn left_exit_code(root: &StateRoot, id: &str, name: &str) -> anyhow::Result<u32> {
+    let code = root.exit_code(id);
+    code.with_context(|| format!("container {name} is gone, and its exit code with it"))
 }
 
 /// `casemate pause`

@@ -7,14 +7,18 @@
 //! journal. While a directory is made or unmade its name says by which process, so
 //! that nobody finds half a sandbox. Lock order: one sandbox, then the names, never two of either.
 
-use crate::files;
+mod lock;
+mod record;
+
+pub use lock::is_locked;
+pub use record::{Container, Meta, State, Status};
+
+use crate::files::{self, gone_is_fine};
 use crate::journal::{self, Journal, Taken};
-use crate::log;
-use crate::restart::Policy;
 use crate::rpc::KILLED;
-use rustix::fs::{FlockOperation, Mode, OFlags};
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use lock::{Lock, lock, new_lock, open_lock};
+use rustix::fs::{FlockOperation, OFlags};
+use serde::Serialize;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -29,10 +33,8 @@ const NAMES: &str = "names";
 const MAX_META: u64 = 4 << 20;
 /// Is there once the container shall end.
 const ENDING: &str = "ending";
-/// The Task API.
+/// Serves the Task API.
 pub const SOCKET: &str = "task.sock";
-/// The file that is locked.
-const LOCK: &str = "lock";
 /// Making or unmaking a directory takes no longer: its process's number is another's by now.
 const IN_PASSING: Duration = Duration::from_secs(60);
 
@@ -89,115 +91,6 @@ fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) 
         path: path.to_owned(),
         source,
     }
-}
-
-/// What a container is: written once, when it is made.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Meta {
-    /// 64 hex digits.
-    pub id: String,
-    /// Unique in its namespace.
-    pub name: String,
-    /// The image as the user named it.
-    pub image: String,
-    /// The image's id.
-    pub image_id: String,
-    /// The command line inside.
-    pub command: Vec<String>,
-    /// Nanoseconds since the epoch.
-    pub created: u64,
-    /// Goes away when it ends.
-    pub auto_remove: bool,
-    /// What `stop` sends; `None`: SIGTERM.
-    #[serde(default)]
-    pub stop_signal: Option<String>,
-    /// Seconds that `stop` waits before it kills.
-    #[serde(default)]
-    pub stop_timeout: Option<u32>,
-    /// What to do when it ends by itself.
-    #[serde(default)]
-    pub restart: Policy,
-    /// What it writes is logged, within these bounds.
-    #[serde(default)]
-    pub log: Option<log::Limits>,
-    /// Its standard input can be written to.
-    #[serde(default)]
-    pub interactive: bool,
-    /// It has a terminal.
-    #[serde(default)]
-    pub tty: bool,
-    /// Its root file system is read-only.
-    #[serde(default)]
-    pub read_only: bool,
-    /// The user's labels and the image's.
-    #[serde(default)]
-    pub labels: BTreeMap<String, String>,
-}
-
-/// How a container is: replaced at each change.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Status {
-    /// What it is doing.
-    pub state: State,
-    /// The VMM's process while it runs.
-    #[serde(default)]
-    pub pid: u32,
-    /// Once exited.
-    #[serde(default)]
-    pub exit_code: u32,
-    /// Nanoseconds since the epoch, 0: not yet.
-    #[serde(default)]
-    pub started: u64,
-    /// Nanoseconds since the epoch, 0: not yet.
-    #[serde(default)]
-    pub finished: u64,
-    /// Its processes are frozen.
-    #[serde(default)]
-    pub paused: bool,
-    /// How often it was started again by itself.
-    #[serde(default)]
-    pub restarts: u32,
-    /// The guest's kernel killed it for lack of memory.
-    #[serde(default)]
-    pub oom_killed: bool,
-    /// Why it ended, when that was not the workload's doing.
-    #[serde(default)]
-    pub error: String,
-}
-
-/// A container's life.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// Made, never started.
-    #[default]
-    Created,
-    /// Started.
-    Running,
-    /// Ended, and about to start again.
-    Restarting,
-    /// Ended.
-    Exited,
-}
-
-impl State {
-    /// Whether somebody looks after it.
-    pub fn is_alive(self) -> bool {
-        matches!(self, Self::Running | Self::Restarting)
-    }
-}
-
-/// A container as the state directory shows it.
-#[derive(Debug, Clone, Serialize)]
-pub struct Container {
-    /// What it is.
-    #[serde(flatten)]
-    pub meta: Meta,
-    /// How it is.
-    pub status: Status,
-    /// Its directory.
-    #[serde(skip)]
-    pub dir: PathBuf,
 }
 
 impl Container {
@@ -422,6 +315,12 @@ impl StateRoot {
         }
     }
 
+    /// What a container that ended left; `None` if it is gone or goes on.
+    pub fn exit_code(&self, id: &str) -> Option<u32> {
+        let status = self.container(id)?.status;
+        (!status.state.is_alive()).then_some(status.exit_code)
+    }
+
     /// Takes over a container that nobody looks after; one that just ended is waited for.
     pub fn take(&self, container: &Container) -> Result<SandboxDir, StateError> {
         const PATIENCE: Duration = Duration::from_secs(30);
@@ -504,12 +403,7 @@ impl SandboxDir {
     pub fn forget_run(&self) -> Result<(), StateError> {
         for name in [ENDING, SOCKET] {
             let path = self.path.join(name);
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(io_error("remove", &path)(e));
-                }
-                _ => {}
-            }
+            gone_is_fine(std::fs::remove_file(&path)).map_err(io_error("remove", &path))?;
         }
         self.journal()
             .forget_processes(|_| true)
@@ -589,25 +483,8 @@ fn is_abandoned(dir: &Path, name: &str) -> bool {
 
 fn remove_all(dir: &Path) -> Result<(), StateError> {
     let passing = passing_name(dir);
-    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
-    match std::fs::rename(dir, &passing) {
-        Err(e) if gone(&e) => return Ok(()),
-        moved => moved.map_err(io_error("rename", dir))?,
-    }
-    match std::fs::remove_dir_all(&passing) {
-        Err(e) if !gone(&e) => Err(io_error("remove", dir)(e)),
-        _ => Ok(()),
-    }
-}
-
-/// Who looks after a sandbox's directory.
-enum Lock {
-    /// We do from now on.
-    Ours(OwnedFd),
-    /// Somebody else.
-    Theirs,
-    /// There is nothing to lock.
-    Missing,
+    gone_is_fine(std::fs::rename(dir, &passing)).map_err(io_error("rename", dir))?;
+    gone_is_fine(std::fs::remove_dir_all(&passing)).map_err(io_error("remove", dir))
 }
 
 /// Whether somebody looks after the container of this directory and it has not ended for good.
@@ -615,54 +492,6 @@ pub fn is_looked_after(dir: &Path) -> bool {
     let status: Option<Status> = read_json(dir, "status.json");
     // One that is being started has no status yet.
     status.is_none_or(|status| status.state != State::Exited) && is_locked(dir)
-}
-
-/// Whether somebody holds the lock of this directory.
-pub fn is_locked(dir: &Path) -> bool {
-    matches!(lock(dir), Ok(Lock::Theirs))
-}
-
-fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, StateError> {
-    let flags = flags | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|e| io_error("open", path)(e.into()))
-}
-
-/// Makes and takes the lock of a directory that nobody else knows yet.
-fn new_lock(dir: &Path) -> Result<OwnedFd, StateError> {
-    let path = dir.join(LOCK);
-    let fd = open_lock(&path, OFlags::CREATE | OFlags::EXCL)?;
-    rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|e| io_error("lock", &path)(e.into()))?;
-    Ok(fd)
-}
-
-/// Takes the lock of a sandbox's directory if nobody has it.
-fn lock(dir: &Path) -> Result<Lock, StateError> {
-    let path = dir.join(LOCK);
-    let fd = match open_lock(&path, OFlags::empty()) {
-        Ok(fd) => fd,
-        Err(StateError::Io { source, .. })
-            if matches!(
-                source.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            return Ok(Lock::Missing);
-        }
-        Err(e) => return Err(e),
-    };
-    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Lock::Theirs),
-        Err(e) => return Err(io_error("lock", &path)(e.into())),
-    }
-    // Another one may have removed the directory between open and lock.
-    let same = match (rustix::fs::fstat(&fd), rustix::fs::stat(&path)) {
-        (Ok(a), Ok(b)) => a.st_ino == b.st_ino && a.st_dev == b.st_dev,
-        _ => false,
-    };
-    Ok(if same { Lock::Ours(fd) } else { Lock::Missing })
 }
 
 fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), StateError> {
