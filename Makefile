@@ -16,8 +16,8 @@ FISH    := share/fish/vendor_completions.d
 
 TRIPLE  := x86_64-unknown-linux-gnu
 # Static: no dynamic linker on the start path, nothing to look up inside an empty root or a guest.
-STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --quiet --release --target $(TRIPLE)
-GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --quiet --profile agent --target $(TRIPLE)
+STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --locked --quiet --release --target $(TRIPLE)
+GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --locked --quiet --profile agent --target $(TRIPLE)
 
 .PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e gate fuzz bench reproduce install uninstall clean
 
@@ -43,7 +43,7 @@ binaries: setup
 	@$(GUEST) -p casemate-agent
 	@$(STATIC) -p casemate-vmm --bin casemate-vmm
 	@$(STATIC) -p casemate --bin containerd-shim-casemate-v2
-	@cargo build --quiet --release -p casemate --bin casemate
+	@cargo build --locked --quiet --release -p casemate --bin casemate
 	@install -m 755 target/static/$(TRIPLE)/release/casemate-vmm $(LIBEXEC)/
 	@install -m 755 target/static/$(TRIPLE)/release/containerd-shim-casemate-v2 target/release/casemate $(BIN)/
 	@agent/mkinitrd target/guest/$(TRIPLE)/agent/casemate-agent $(SHARE)/initrd.cpio

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::common::images::{Blobs, Packing, heavy, layer};
 use crate::common::server::Server;
-use crate::common::{have, run, runtime, stored};
+use crate::common::{run, runtime, stored};
 use casemate_image::{
     Error, Image, LoadOptions, LoadSource, PullOptions, PullPolicy, Result, SaveTarget, Store,
     parse_reference,
@@ -228,9 +228,6 @@ fn save_and_load_keep_ids_names_and_bytes() {
 
 #[test]
 fn save_is_read_by_skopeo() {
-    if !have(&["skopeo"]) {
-        return;
-    }
     let (_data, store, image) = filled();
     let out = tempfile::tempdir().unwrap();
     let path = out.path().join("a.tar");

@@ -62,12 +62,10 @@ fn pull_killed_at_any_moment_the_next_one_goes_on() {
             .iter()
             .filter(|name| name.ends_with(".erofs"))
         {
-            if crate::common::have(&["fsck.erofs"]) {
-                run(
-                    "fsck.erofs",
-                    &[data.path().join("layers").join(blob).to_str().unwrap()],
-                );
-            }
+            run(
+                "fsck.erofs",
+                &[data.path().join("layers").join(blob).to_str().unwrap()],
+            );
         }
     }
     server.mend();
@@ -116,9 +114,7 @@ impl Drop for Tmpfs {
 
 #[test]
 fn pull_disk_full_is_told_and_harms_nothing() {
-    if !crate::common::is_root() || !crate::common::have(&["mount", "umount"]) {
-        return;
-    }
+    crate::common::need_root();
     let server = Server::start();
     let disk = Tmpfs::new("6m");
     let small = server.add(

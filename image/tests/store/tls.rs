@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::common::images::{Blobs, Packing, layer};
 use crate::common::server::Server;
-use crate::common::{have, run, runtime};
+use crate::common::{run, runtime};
 use casemate_image::{
     Error, Limits, PullOptions, PullPolicy, RegistryConfig, RegistryHost, Store, parse_reference,
 };
@@ -21,9 +21,6 @@ impl Drop for Registry {
 
 #[test]
 fn pull_over_tls_needs_the_authority_to_be_trusted() {
-    if !have(&["docker-registry", "openssl", "skopeo"]) {
-        return;
-    }
     let work = tempfile::tempdir().unwrap();
     let path = |name: &str| work.path().join(name).to_str().unwrap().to_owned();
     let address = std::net::TcpListener::bind("127.0.0.1:0")

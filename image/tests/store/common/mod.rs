@@ -6,24 +6,10 @@ pub(crate) mod trees;
 
 use std::process::{Command, Output, Stdio};
 
-/// Whether every one of these programs is installed; a test that needs others says so and passes.
-pub(crate) fn have(programs: &[&str]) -> bool {
-    programs.iter().all(|program| {
-        let found = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-            .any(|directory| directory.join(program).is_file());
-        if !found {
-            eprintln!("left out: {program} is not installed");
-        }
-        found
-    })
-}
-
-pub(crate) fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("left out: needs root");
-    }
-    root
+/// Only root mounts.
+#[track_caller]
+pub(crate) fn need_root() {
+    assert!(rustix::process::geteuid().is_root(), "run this as root");
 }
 
 /// Runs a program that must succeed.
@@ -33,7 +19,7 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> Output {
         .args(arguments)
         .stdin(Stdio::null())
         .output()
-        .unwrap();
+        .unwrap_or_else(|error| panic!("{program}: {error}; scripts/setup test installs it"));
     assert!(
         output.status.success(),
         "{program} {arguments:?}: {}{}",

@@ -157,12 +157,13 @@ impl Drop for Mounted {
     }
 }
 
-/// Whether this kernel mounts EROFS for us.
+/// Whether this kernel mounts EROFS. Where it doesn't, the end-to-end tests still compare the trees in a guest.
 pub(crate) fn can_mount() -> bool {
-    let erofs =
-        std::fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.contains("\terofs"));
+    super::need_root();
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap();
+    let erofs = known.contains("\terofs");
     if !erofs {
         eprintln!("left out: this kernel has no EROFS");
     }
-    erofs && super::is_root() && super::have(&["mount", "umount"])
+    erofs
 }
