@@ -2,7 +2,7 @@
 
 use super::args::{CreateArgs, LogDriver, TimingFormat};
 use super::run::Failure;
-use super::{containers, env, images, output, signals, spec, terminal};
+use super::{containers, env, health, images, output, signals, spec, terminal};
 use crate::journal::Taken;
 use crate::log;
 use crate::plan::{self, Host};
@@ -84,7 +84,10 @@ pub(super) async fn make(
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
-    let meta = meta(args, &image, &id, &spec, labels, log);
+    let meta = Meta {
+        health: health::check(&args.health, &image)?,
+        ..meta(args, &image, &id, &spec, labels, log)
+    };
     let dir = root.create(&meta)?;
     let filled = write_bundle(dir.path(), &spec, &hostname)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
@@ -95,6 +98,7 @@ pub(super) async fn make(
         let _ = dir.remove();
         return Err(error);
     }
+    root.tell(&meta, "create", []);
     Ok(Made { meta, dir, rootfs })
 }
 
@@ -266,6 +270,7 @@ fn meta(
         interactive: args.process.interactive,
         tty: args.process.tty,
         read_only: args.read_only,
+        health: None,
         labels: image_labels
             .unwrap_or_default()
             .into_iter()
@@ -296,7 +301,7 @@ fn write_bundle(dir: &Path, spec: &Value, hostname: &str) -> anyhow::Result<()> 
 
 /// Where a container's writable layer is.
 pub(super) fn scratch_file(settings: &Settings, id: &str) -> PathBuf {
-    scratch::dir_of(&settings.data_dir, &settings.state_dir).join(format!("{id}.img"))
+    scratch::file_of(&settings.data_dir, &settings.state_dir, id)
 }
 
 fn make_scratch(
