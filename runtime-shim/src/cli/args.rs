@@ -521,6 +521,9 @@ pub(super) struct ExecArgs {
     /// Give the process all capabilities
     #[arg(long)]
     pub(super) privileged: bool,
+    /// Leave the process to itself
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub(super) detach: bool,
     /// Name or id
     pub(super) container: String,
     /// The command and its arguments
