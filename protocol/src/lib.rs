@@ -13,6 +13,8 @@ mod generated {
 #[cfg(feature = "rpc")]
 pub use generated::{agent, agent_ttrpc};
 
+#[cfg(feature = "netlink")]
+pub mod netlink;
 pub mod text;
 
 /// CID of the host (virtio 1.2, section 5.10.4; `VMADDR_CID_HOST`).

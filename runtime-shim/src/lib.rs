@@ -11,6 +11,7 @@ pub mod fds;
 pub mod files;
 pub mod journal;
 pub mod log;
+pub mod network;
 pub mod paths;
 pub mod plan;
 pub mod restart;

@@ -57,6 +57,8 @@ struct File {
     memory: Option<String>,
     cpus: Option<u32>,
     storage_size: Option<String>,
+    network: Option<String>,
+    cni_dir: Option<PathBuf>,
     /// Registries, for the image store.
     registries: Option<toml::Table>,
     /// Limits, for the image store.
@@ -88,6 +90,10 @@ pub struct Settings {
     pub cpus: u32,
     /// Bytes of a container's writable layer when `--storage-size` isn't given.
     pub storage_size: u64,
+    /// The network of a container without `--network`; `None`: what the host can do.
+    pub network: Option<String>,
+    /// Where CNI plugins are; `None`: at a usual place.
+    pub cni_dir: Option<PathBuf>,
     /// The `[registries]` table, for the image store.
     pub registries: Option<toml::Table>,
     /// The `[image]` table, for the image store.
@@ -114,6 +120,11 @@ impl Settings {
         Self::from_file(file)
     }
 
+    /// Where CNI plugins are.
+    pub fn cni_dir(&self) -> PathBuf {
+        self.cni_dir.clone().unwrap_or_else(paths::cni_dir)
+    }
+
     fn from_file(file: File) -> Result<Self, SettingsError> {
         let install = paths::Install::of_current_exe().map_err(SettingsError::Install)?;
         let env = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
@@ -137,6 +148,8 @@ impl Settings {
             memory: bytes("memory", file.memory, DEFAULT_MEMORY)?,
             cpus: cpus(file.cpus)?,
             storage_size: bytes("storage_size", file.storage_size, DEFAULT_STORAGE)?,
+            network: file.network,
+            cni_dir: file.cni_dir,
             registries: file.registries,
             image: file.image,
         })
@@ -174,6 +187,8 @@ fn merge(base: File, over: File) -> File {
         memory: over.memory.or(base.memory),
         cpus: over.cpus.or(base.cpus),
         storage_size: over.storage_size.or(base.storage_size),
+        network: over.network.or(base.network),
+        cni_dir: over.cni_dir.or(base.cni_dir),
         registries: over.registries.or(base.registries),
         image: over.image.or(base.image),
     }

@@ -1,5 +1,6 @@
 //! The command line's grammar. Names and meanings are Docker's where Docker has them.
 
+use super::network_args::{NetworkArgs, NetworkCommand};
 use crate::restart::Policy;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -71,6 +72,9 @@ pub(super) enum Command {
     Unpause(ContainersArgs),
     /// Say whether this host can run microVMs, and what is missing
     Check(CheckArgs),
+    /// Manage networks
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Show the version
     Version(FormatArgs),
     /// Print a shell's completion script
@@ -219,6 +223,9 @@ pub(super) struct CreateArgs {
     /// Write the container's id to a file
     #[arg(long, value_name = "FILE")]
     pub(super) cidfile: Option<PathBuf>,
+    /// Its network.
+    #[command(flatten)]
+    pub(super) network: NetworkArgs,
     /// The image
     pub(super) image: String,
     /// The command and its arguments

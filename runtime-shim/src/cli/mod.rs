@@ -18,6 +18,9 @@ mod initcalls;
 mod kernel_log;
 mod lifecycle;
 mod logs;
+mod network_args;
+mod network_options;
+mod networks;
 mod outfile;
 mod output;
 mod progress;
@@ -114,6 +117,7 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Wait(args) => done(blocking(lifecycle::wait(&settings, &args))),
         Command::Pause(args) => done(blocking(lifecycle::pause(&settings, &args))),
         Command::Unpause(args) => done(blocking(lifecycle::unpause(&settings, &args))),
+        Command::Network(command) => done(networks::run(&settings, &command)),
         Command::Check(args) => match check::check(&settings, &args) {
             Ok(well) => Ok(u8::from(!well)),
             Err(error) => done(Err(error)),

@@ -2,11 +2,13 @@
 
 use super::agent::CallError;
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
+use super::network::{self, Attaching, NetworkFailure};
 use super::process::{Exit, Life, Process};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
 use crate::files;
+use crate::journal::Journal;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
@@ -66,6 +68,9 @@ pub(super) enum ContainerError {
     /// The VMM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkFailure),
     /// Too many processes.
     #[error("a container can have at most {MAX_EXECS} added processes")]
     TooManyExecs,
@@ -93,6 +98,8 @@ pub(super) struct Container {
     /// Lock order: never held across an await.
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     timing: Mutex<Option<Timing>>,
+    /// Where its network stands, if it has one.
+    network: Option<Journal>,
     observer: Arc<dyn Observer>,
 }
 
@@ -133,21 +140,30 @@ impl Container {
             defaults(launch.settings),
         )?;
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
-        let request = create_request(&id, &plan)?;
+        let mut request = create_request(&id, &plan)?;
         let (streams, ends) = Streams::open(&paths, log)?;
         let init = Arc::new(Process::new(String::new(), paths, Vec::new()));
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
 
-        let (sandbox, mut stdio) = Sandbox::start(&plan, first, &launch).await?;
+        let netns = plan.netns.as_ref();
+        let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &launch));
+        let network = network.transpose()?;
+        let (sandbox, mut stdio) = Sandbox::start(&plan, first, network.as_ref(), &launch).await?;
         (stdio.rows, stdio.cols) = console_size(&spec);
-        let request = proto::CreateContainerRequest {
-            stdio: Some(stdio).into(),
-            ..request
+        request.stdio = Some(stdio).into();
+        let created = async {
+            if let Some(network) = network {
+                let told = network.ready().await?;
+                sandbox.agent.set_network(&told.request).await?;
+                network::add_to_hosts(&mut request, &spec, &told.ips);
+            }
+            sandbox.agent.create_container(&request).await?;
+            Ok(())
         };
-        if let Err(error) = sandbox.agent.create_container(&request).await {
+        if let Err(error) = created.await {
             sandbox.stop(true).await;
-            return Err(error.into());
+            return Err(error);
         }
         let timing = wants_timing.then(|| Timing {
             shim_main,
@@ -165,6 +181,7 @@ impl Container {
             sandbox,
             execs: Mutex::default(),
             timing: Mutex::new(timing),
+            network: plan.netns.map(|_| launch.journal.clone()),
             observer,
         }))
     }
@@ -371,6 +388,9 @@ impl Container {
         }
         self.init.drained(PATIENCE).await;
         self.sandbox.stop(discard).await;
+        if let Some(journal) = &self.network {
+            network::release(journal).await;
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod agent;
 mod container;
 mod launch;
 mod link;
+mod network;
 mod process;
 mod recorder;
 mod serve;

@@ -3,6 +3,7 @@
 use super::agent::CallError;
 use super::container::{Container, ContainerError, Create, Observer};
 use super::launch::Launch;
+use super::network;
 use super::process::{Exit, Life, Process};
 use super::stats;
 use super::stdio::{Paths, SharedLog};
@@ -74,9 +75,10 @@ fn code_of(error: &ContainerError) -> Code {
         ContainerError::Call(CallError::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         ContainerError::ExecExists(_) => Code::ALREADY_EXISTS,
-        ContainerError::Launch(_) | ContainerError::Call(_) | ContainerError::Vm(_) => {
-            Code::INTERNAL
-        }
+        ContainerError::Launch(_)
+        | ContainerError::Call(_)
+        | ContainerError::Vm(_)
+        | ContainerError::Network(_) => Code::INTERNAL,
     }
 }
 
@@ -236,8 +238,13 @@ impl Service {
             shim_main: self.shim_main,
             observer: self.observer.clone(),
         };
-        let container = Container::create(create).await.map_err(failed)?;
-        Ok(held.insert(container).clone())
+        match Container::create(create).await {
+            Ok(container) => Ok(held.insert(container).clone()),
+            Err(error) => {
+                network::release(&self.journal).await;
+                Err(failed(error))
+            }
+        }
     }
 }
 

@@ -17,6 +17,7 @@ mod layers;
 mod lifecycle;
 mod limits;
 mod metadata;
+mod network;
 mod options;
 mod process;
 mod signals;
