@@ -59,6 +59,7 @@ struct File {
     storage_size: Option<String>,
     network: Option<String>,
     cni_dir: Option<PathBuf>,
+    passt: Option<PathBuf>,
     /// Registries, for the image store.
     registries: Option<toml::Table>,
     /// Limits, for the image store.
@@ -94,6 +95,8 @@ pub struct Settings {
     pub network: Option<String>,
     /// Where CNI plugins are; `None`: at a usual place.
     pub cni_dir: Option<PathBuf>,
+    /// passt's binary; `None`: where Debian has it.
+    pub passt: Option<PathBuf>,
     /// The `[registries]` table, for the image store.
     pub registries: Option<toml::Table>,
     /// The `[image]` table, for the image store.
@@ -125,6 +128,13 @@ impl Settings {
         self.cni_dir.clone().unwrap_or_else(paths::cni_dir)
     }
 
+    /// passt's binary.
+    pub fn passt(&self) -> PathBuf {
+        self.passt
+            .clone()
+            .unwrap_or_else(|| "/usr/bin/passt".into())
+    }
+
     fn from_file(file: File) -> Result<Self, SettingsError> {
         let install = paths::Install::of_current_exe().map_err(SettingsError::Install)?;
         let env = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
@@ -150,6 +160,7 @@ impl Settings {
             storage_size: bytes("storage_size", file.storage_size, DEFAULT_STORAGE)?,
             network: file.network,
             cni_dir: file.cni_dir,
+            passt: file.passt,
             registries: file.registries,
             image: file.image,
         })
@@ -189,6 +200,7 @@ fn merge(base: File, over: File) -> File {
         storage_size: over.storage_size.or(base.storage_size),
         network: over.network.or(base.network),
         cni_dir: over.cni_dir.or(base.cni_dir),
+        passt: over.passt.or(base.passt),
         registries: over.registries.or(base.registries),
         image: over.image.or(base.image),
     }

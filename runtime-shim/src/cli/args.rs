@@ -72,6 +72,8 @@ pub(super) enum Command {
     Unpause(ContainersArgs),
     /// Say whether this host can run microVMs, and what is missing
     Check(CheckArgs),
+    /// Show what ports of a container the host has
+    Port(PortArgs),
     /// Manage networks
     #[command(subcommand)]
     Network(NetworkCommand),
@@ -526,6 +528,15 @@ pub(super) struct ContainersArgs {
     /// Names or ids
     #[arg(required = true)]
     pub(super) containers: Vec<String>,
+}
+
+/// `casemate port`
+#[derive(Debug, Args)]
+pub(super) struct PortArgs {
+    /// Name or id
+    pub(super) container: String,
+    /// Only this port of the container: PORT[/tcp|udp]
+    pub(super) port: Option<String>,
 }
 
 /// `casemate check`

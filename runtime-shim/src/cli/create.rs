@@ -67,13 +67,14 @@ pub(super) async fn make(
     let given_env = env::of(&args.process)?;
     let labels = labels(args)?;
     let cidfile = args.cidfile.as_deref().map(IdFile::new).transpose()?;
-    let network = network_options::wish(settings, &args.network)?;
+    let mut network = network_options::wish(settings, &args.network)?;
     let root = containers::state(settings)?;
 
     let wanted = args.platform.as_deref();
     let (store, image) = images::for_run(settings, &args.image, args.pull, wanted).await?;
     let rootfs = store.rootfs(&image)?;
 
+    network_options::publish_exposed(&args.network, network.as_mut(), &image.config)?;
     let id = new_id()?;
     let bundle = root.path_of(&id);
     let given = spec::Given {
@@ -88,7 +89,7 @@ pub(super) async fn make(
     let hostname = spec::hostname(args, &given).to_owned();
     let meta = meta(args, &image, &id, &spec, labels, log);
     let dir = root.create(&meta)?;
-    let files = network_options::files(network.as_ref(), &hostname)?;
+    let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
     let filled = write_bundle(dir.path(), &spec, &hostname, files)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
         .and_then(|()| make_log(settings, &meta, &dir))

@@ -10,6 +10,39 @@ pub(super) struct NetworkArgs {
     /// The network: none, bridge, or another one's name
     #[arg(long = "network", alias = "net", value_name = "NETWORK")]
     pub(super) networks: Vec<String>,
+    /// Give the host a port of the container: [[ADDRESS:]HOSTPORT:]PORT[/tcp|udp], ranges too
+    #[arg(short, long, value_name = "PORTS")]
+    pub(super) publish: Vec<String>,
+    /// Publish all ports that the image or --expose names
+    #[arg(short = 'P', long)]
+    pub(super) publish_all: bool,
+    /// Name a port for --publish-all: PORT[/tcp|udp], ranges too
+    #[arg(long, value_name = "PORTS")]
+    pub(super) expose: Vec<String>,
+    /// A resolver's address, instead of the host's
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) dns: Vec<String>,
+    /// A domain that short names are looked for in; . for none
+    #[arg(long, value_name = "DOMAIN")]
+    pub(super) dns_search: Vec<String>,
+    /// An option of the resolver
+    #[arg(long, alias = "dns-opt", value_name = "OPTION")]
+    pub(super) dns_option: Vec<String>,
+    /// Add a name to /etc/hosts: NAME:ADDRESS, or NAME:host-gateway for the host
+    #[arg(long, value_name = "NAME:ADDRESS")]
+    pub(super) add_host: Vec<String>,
+    /// The container's IPv4 address on its network
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) ip: Option<std::net::Ipv4Addr>,
+    /// Its IPv6 address there
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) ip6: Option<std::net::Ipv6Addr>,
+    /// Its MAC address there
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) mac_address: Option<crate::network::wish::Mac>,
+    /// A further name of the container on its network
+    #[arg(long, alias = "net-alias", value_name = "NAME")]
+    pub(super) network_alias: Vec<String>,
 }
 
 /// `casemate network`

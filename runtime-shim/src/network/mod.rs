@@ -12,12 +12,14 @@
 //! | `netns` | namespaces |
 //! | `look` | what is in one |
 //! | `tap` | taps, and what joins them with interfaces |
+//! | `user` | an ordinary user's: passt |
 
 pub mod cni;
 pub mod look;
 pub mod netns;
 pub mod networks;
 pub mod tap;
+pub mod user;
 pub mod wish;
 
 use crate::files;

@@ -52,6 +52,15 @@ pub const METADATA_V6: [Ipv6Addr; 2] = [
 
 /// Makes a tap in the calling thread's network namespace. It goes with its last open file.
 pub fn open(name: &str) -> io::Result<OwnedFd> {
+    open_with(name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+}
+
+/// The same without offload headers: its frames are complete.
+pub fn open_plain(name: &str) -> io::Result<OwnedFd> {
+    open_with(name, IFF_TAP | IFF_NO_PI)
+}
+
+fn open_with(name: &str, kind: libc::c_short) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty())?;
     // SAFETY: zeros are a valid ifreq.
@@ -59,7 +68,7 @@ pub fn open(name: &str) -> io::Result<OwnedFd> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(15)) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = kind;
     // SAFETY: the kernel reads and writes an ifreq.
     if unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF, &raw mut request) } != 0 {
         return Err(io::Error::last_os_error());

@@ -2,11 +2,12 @@
 
 use super::agent::CallError;
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
-use super::network::{self, Attaching, NetworkFailure};
+use super::network::{self, Attaching, Kept, NetworkFailure};
 use super::process::{Exit, Life, Process};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
+use crate::fds;
 use crate::files;
 use crate::journal::Journal;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
@@ -19,6 +20,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::io::Interest;
 
 /// A config.json beyond this doesn't fit into a message to the agent.
 const MAX_SPEC: u64 = 2 << 20;
@@ -100,6 +102,10 @@ pub(super) struct Container {
     timing: Mutex<Option<Timing>>,
     /// Where its network stands, if it has one.
     network: Option<Journal>,
+    /// What it has of the host for as long as it runs.
+    kept: Mutex<Kept>,
+    /// Why the sandbox was ended by us.
+    ended_for: Mutex<Option<&'static str>>,
     observer: Arc<dyn Observer>,
 }
 
@@ -152,11 +158,13 @@ impl Container {
         let (sandbox, mut stdio) = Sandbox::start(&plan, first, network.as_ref(), &launch).await?;
         (stdio.rows, stdio.cols) = console_size(&spec);
         request.stdio = Some(stdio).into();
+        let mut kept = Kept::default();
         let created = async {
             if let Some(network) = network {
                 let told = network.ready().await?;
                 sandbox.agent.set_network(&told.request).await?;
                 network::add_to_hosts(&mut request, &spec, &told.ips);
+                kept = told.kept;
             }
             sandbox.agent.create_container(&request).await?;
             Ok(())
@@ -174,7 +182,7 @@ impl Container {
             created: monotonic_ns(),
             ..Timing::default()
         });
-        Ok(Arc::new(Self {
+        let container = Arc::new(Self {
             id,
             bundle,
             init,
@@ -182,8 +190,35 @@ impl Container {
             execs: Mutex::default(),
             timing: Mutex::new(timing),
             network: plan.netns.map(|_| launch.journal.clone()),
+            kept: Mutex::new(kept),
+            ended_for: Mutex::default(),
             observer,
-        }))
+        });
+        container.end_with_network();
+        Ok(container)
+    }
+
+    /// Ends the sandbox when a process does that its network needs: better than one that reaches nobody.
+    fn end_with_network(self: &Arc<Self>) {
+        let end = match &self.kept.lock().unwrap_or_else(|e| e.into_inner()).passt {
+            Some(passt) => passt.end(),
+            None => return,
+        };
+        let watched = end.and_then(|end| fds::watched(end, Interest::READABLE));
+        let container = Arc::downgrade(self);
+        tokio::spawn(async move {
+            if let Ok(watched) = watched {
+                let _ = watched.readable().await;
+            }
+            if let Some(container) = container.upgrade() {
+                *container
+                    .ended_for
+                    .lock()
+                    .unwrap_or_else(|e| e.into_inner()) =
+                    Some("its network's process (passt) ended");
+                container.sandbox.vm.kill();
+            }
+        });
     }
 
     /// A process by its exec id; empty: the first one.
@@ -309,7 +344,9 @@ impl Container {
             Err(error) => {
                 // Without its agent a guest is of no use to anyone.
                 self.sandbox.vm.kill();
-                (Exit::now(KILLED), error.to_string())
+                let reason = *self.ended_for.lock().unwrap_or_else(|e| e.into_inner());
+                let error = reason.map_or_else(|| error.to_string(), str::to_owned);
+                (Exit::now(KILLED), error)
             }
         };
         if process.exec_id.is_empty() {
@@ -390,6 +427,7 @@ impl Container {
         self.sandbox.stop(discard).await;
         if let Some(journal) = &self.network {
             network::release(journal).await;
+            *self.kept.lock().unwrap_or_else(|e| e.into_inner()) = Kept::default();
         }
     }
 }

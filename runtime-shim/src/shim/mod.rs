@@ -8,6 +8,7 @@ mod container;
 mod launch;
 mod link;
 mod network;
+mod passt;
 mod process;
 mod recorder;
 mod serve;

@@ -4,19 +4,20 @@
 //! plugins put into the namespace is joined with them afterwards.
 
 use super::launch::Launch;
+use super::passt::{self, Passt};
 use crate::journal::{Journal, Taken};
 use crate::network::cni::{self, Attachment, CniError, Outcome};
 use crate::network::look::{Interface, Seen};
 use crate::network::networks::{self, Network, NetworkError};
-use crate::network::wish::{self, Mac, Wish};
-use crate::network::{self, NETNS, netns, tap};
+use crate::network::wish::{self, Mac, Port, Wish};
+use crate::network::{self, NETNS, netns, tap, user};
 use crate::plan;
 use casemate_protocol::agent as proto;
 use casemate_protocol::netlink::Socket;
 use casemate_vmm::config::NetConfig;
 use oci_spec::runtime::{Mount, Spec};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -55,6 +56,14 @@ pub(super) enum NetworkFailure {
         /// The cause.
         source: io::Error,
     },
+    /// A port of the host is somebody else's.
+    #[error("port {port} of the host can't be had")]
+    Port {
+        /// With its address and protocol.
+        port: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// The journal can't be written.
     #[error("can't write the sandbox's journal")]
     Journal(#[source] io::Error),
@@ -65,6 +74,14 @@ pub(super) enum NetworkFailure {
         network: String,
         /// The missing interface.
         interface: String,
+    },
+    /// An ordinary user's network.
+    #[error("network passt: {message}")]
+    User {
+        /// What happened.
+        message: String,
+        /// The cause.
+        source: Option<io::Error>,
     },
     /// The thread that ran the plugins is gone.
     #[error("the network's thread ended")]
@@ -79,17 +96,29 @@ struct Device {
 }
 
 /// What the guest is told.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Told {
     /// For the agent.
     pub(super) request: proto::NetworkRequest,
     /// The container's addresses on its networks.
     pub(super) ips: Vec<IpAddr>,
+    /// What goes with the container's end.
+    pub(super) kept: Kept,
+}
+
+/// What a network has of the host for as long as the container runs.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// Sockets that keep the host's ports from everybody else.
+    _ports: Vec<OwnedFd>,
+    /// An ordinary user's network.
+    pub(super) passt: Option<Passt>,
 }
 
 /// The networks of a sandbox, while they are being made.
 pub(super) struct Attaching {
     devices: Vec<Device>,
+    kept: Kept,
     told: oneshot::Receiver<Result<Told, NetworkFailure>>,
 }
 
@@ -134,7 +163,20 @@ impl Attaching {
                 source,
             }
         };
-        let own = planned(id, bundle, netns, launch)?;
+        let read = Wish::read(bundle).map_err(|source| NetworkFailure::Wish {
+            path: bundle.to_owned(),
+            source,
+        });
+        let wish = read?.unwrap_or_default();
+        if wish.attachments.iter().any(|a| a.network == user::NAME) {
+            return Self::of_user(bundle, &wish, launch);
+        }
+        let own = planned(id, &wish, netns, launch)?;
+        let ports = wish.ports.iter().map(reserve).collect::<Result<_, _>>()?;
+        let kept = Kept {
+            _ports: ports,
+            passt: None,
+        };
         let journal = launch.journal.clone();
         let taken = Taken::Netns {
             path: netns.to_owned(),
@@ -160,7 +202,41 @@ impl Attaching {
                 let _ = tell.send(fill(&bundle, &netns, &own, &journal));
             }
         });
-        Ok(Self { devices, told })
+        Ok(Self {
+            devices,
+            kept,
+            told,
+        })
+    }
+
+    /// By way of passt.
+    fn of_user(bundle: &Path, wish: &Wish, launch: &Launch<'_>) -> Result<Self, NetworkFailure> {
+        let Mac(mac) = wish.attachments.first().map_or(Mac([2; 6]), |a| a.mac);
+        let (passt, tap) = Passt::start(launch.settings, &wish.ports, launch.journal)?;
+        let result = serde_json::json!({"ips": [{
+            "address": format!("{}/{}", user::ADDRESS, user::PREFIX),
+            "gateway": user::GATEWAY,
+        }]});
+        let path = network::result_file(bundle, &wish::interface(0));
+        std::fs::write(&path, result.to_string()).map_err(NetworkFailure::Journal)?;
+        let (tell, told) = oneshot::channel();
+        std::thread::spawn(move || {
+            let told = passt.ready().map(|()| Told {
+                request: passt::request(mac),
+                ips: vec![IpAddr::V4(user::ADDRESS)],
+                kept: Kept {
+                    _ports: Vec::new(),
+                    passt: Some(passt),
+                },
+            });
+            let _ = tell.send(told);
+        });
+        let mtu = user::MTU;
+        Ok(Self {
+            devices: vec![Device { tap, mac, mtu }],
+            kept: Kept::default(),
+            told,
+        })
     }
 
     /// On the interfaces that are there.
@@ -189,7 +265,12 @@ impl Attaching {
             })?;
         let (tell, told) = oneshot::channel();
         let _ = tell.send(Ok(ready));
-        Ok(Self { devices, told })
+        let kept = Kept::default();
+        Ok(Self {
+            devices,
+            kept,
+            told,
+        })
     }
 
     /// The devices as the VMM is told of them.
@@ -210,7 +291,12 @@ impl Attaching {
 
     /// Waits until it is whole. Whoever else holds the devices keeps them.
     pub(super) async fn ready(self) -> Result<Told, NetworkFailure> {
-        self.told.await.unwrap_or(Err(NetworkFailure::Thread))
+        let told = self.told.await.unwrap_or(Err(NetworkFailure::Thread))?;
+        let kept = Kept {
+            _ports: self.kept._ports,
+            passt: told.kept.passt,
+        };
+        Ok(Told { kept, ..told })
     }
 }
 
@@ -251,16 +337,11 @@ pub(super) fn add_to_hosts(
 /// The interfaces to make, from what the command line wrote.
 fn planned(
     id: &str,
-    bundle: &Path,
+    wish: &Wish,
     netns: &Path,
     launch: &Launch<'_>,
 ) -> Result<Vec<Own>, NetworkFailure> {
     let settings = launch.settings;
-    let failed = |source| NetworkFailure::Wish {
-        path: bundle.to_owned(),
-        source,
-    };
-    let wish = Wish::read(bundle).map_err(failed)?.unwrap_or_default();
     let dir = networks::dir_of(&settings.data_dir);
     let plan = |(number, attached): (usize, &wish::Attachment)| {
         let network = Network::load_or_default(&dir, &attached.network)?;
@@ -279,6 +360,46 @@ fn planned(
         })
     };
     wish.attachments.iter().enumerate().map(plan).collect()
+}
+
+/// Takes a port of the host without serving it: plugins send on what comes for it, and wouldn't say that another
+/// container has it already.
+fn reserve(port: &Port) -> Result<OwnedFd, NetworkFailure> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
+    let take = |ip: IpAddr| -> io::Result<OwnedFd> {
+        let (family, kind) = (
+            if ip.is_ipv4() {
+                AddressFamily::INET
+            } else {
+                AddressFamily::INET6
+            },
+            if port.protocol == "udp" {
+                SocketType::DGRAM
+            } else {
+                SocketType::STREAM
+            },
+        );
+        let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+        if ip.is_ipv6() {
+            sockopt::set_ipv6_v6only(&socket, port.host_ip.is_some())?;
+        }
+        bind(&socket, &SocketAddr::new(ip, port.host_port))?;
+        Ok(socket)
+    };
+    let taken = match port.host_ip {
+        Some(ip) => take(ip),
+        // A host without IPv6 has the other one.
+        None => match take(IpAddr::from([0; 16])) {
+            Err(e) if e.kind() != io::ErrorKind::AddrInUse => take(IpAddr::from([0; 4])),
+            taken => taken,
+        },
+    };
+    taken.map_err(|source| {
+        let ip = port.host_ip.unwrap_or(IpAddr::from([0; 4]));
+        let address = SocketAddr::new(ip, port.host_port);
+        let port = format!("{address}/{}", port.protocol);
+        NetworkFailure::Port { port, source }
+    })
 }
 
 /// Has the plugins do their work and joins what they made with the taps.
@@ -314,7 +435,11 @@ fn fill(
         Ok(Ok(request))
     });
     match joined {
-        Ok(Ok(request)) => Ok(Told { request, ips }),
+        Ok(Ok(request)) => Ok(Told {
+            request,
+            ips,
+            kept: Kept::default(),
+        }),
         Ok(Err(number)) => Err(NetworkFailure::NoInterface {
             network: own[number].attachment.network["name"].to_string(),
             interface: wish::interface(number),

@@ -4,6 +4,7 @@ use super::agent::CallError;
 use super::container::{Container, ContainerError, Create, Observer};
 use super::launch::Launch;
 use super::network;
+use super::passt;
 use super::process::{Exit, Life, Process};
 use super::stats;
 use super::stdio::{Paths, SharedLog};
@@ -187,7 +188,9 @@ impl Service {
             return Err(status(Code::FAILED_PRECONDITION, "it was never created"));
         };
         // The one of the last start is gone. What can't be rewritten grows a little.
-        let _ = self.journal.forget_processes(|role| role == VMM_ROLE);
+        let _ = self
+            .journal
+            .forget_processes(|role| [VMM_ROLE, passt::ROLE].contains(&role));
         let container = self.create_container(request).await?;
         if !wanted() {
             self.abandon().await;

@@ -89,3 +89,246 @@ fn two_containers_talk() {
     host.casemate(["rm", "-f", "web"]).succeeds();
     host.is_clean();
 }
+
+/// Starts a container that answers every connection to its port 8080 with its name.
+fn serve(host: &Host, name: &str, options: &[&str]) {
+    let script = format!("while :; do echo {name} | nc -l -p 8080; done");
+    let mut args = vec!["run", "-d", "--name", name];
+    args.extend_from_slice(options);
+    args.extend_from_slice(&["busybox", "sh", "-c", &script]);
+    host.casemate(args).succeeds();
+}
+
+/// What a server says.
+fn answer(address: &str) -> String {
+    use std::io::Read;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        let mut text = String::new();
+        let read = std::net::TcpStream::connect(address).and_then(|mut stream| {
+            stream.set_read_timeout(Some(std::time::Duration::from_secs(20)))?;
+            stream.read_to_string(&mut text)
+        });
+        match read {
+            Ok(n) if n > 0 => return text,
+            other => assert!(std::time::Instant::now() < deadline, "{address}: {other:?}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn published_port_is_the_hosts() {
+    let _alone = alone();
+    let host = networked();
+    let before = host_state();
+    let ports = [
+        "-p",
+        "18080:8080",
+        "-p",
+        "127.0.0.1:18081:8080",
+        "-p",
+        "15353:53/udp",
+    ];
+    serve(&host, "web", &ports);
+    let inside = format!("{}:8080", address(&host, "web"));
+    for address in [
+        inside.as_str(),
+        "127.0.0.1:18081",
+        "127.0.0.1:18080",
+        "10.188.0.1:18080",
+    ] {
+        assert_eq!(answer(address), "web\n", "{address}");
+    }
+    let shown = host.casemate(["port", "web"]);
+    shown.succeeds().prints(
+        "8080/tcp -> 0.0.0.0:18080\n8080/tcp -> 127.0.0.1:18081\n53/udp -> 0.0.0.0:15353\n",
+    );
+    host.casemate(["ps"])
+        .succeeds()
+        .mentions("0.0.0.0:18080->8080/tcp");
+    let ip = "{{.NetworkSettings.IPAddress}}:8080";
+    host.casemate(["inspect", "--format", ip, "web"])
+        .succeeds()
+        .prints(&format!("{inside}\n"));
+    host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("port 0.0.0.0:18080/tcp of the host can't be had");
+    host.casemate(["network", "rm", "bridge"])
+        .fails()
+        .complains_of("in use by container web");
+    host.casemate(["rm", "-f", "web"]).succeeds();
+    host.casemate(["network", "rm", "bridge"]).succeeds();
+    let after = host_state();
+    let ours = |text: &str| text.matches("15353").count() + text.matches("18080").count();
+    assert_eq!((ours(&before), ours(&after)), (0, 0), "{after}");
+    host.is_clean();
+}
+
+#[test]
+fn killed_sandbox_gives_its_network_back() {
+    let _alone = alone();
+    let host = networked();
+    host.run(["-p", "18080:8080", "busybox", "true"]).succeeds();
+    let before = host_state();
+    for process in ["containerd-shim-casemate-v2", "casemate-vmm"] {
+        serve(&host, "web", &["-p", "18080:8080"]);
+        assert_ne!(host_state(), before);
+        for pid in host.processes(process) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !host.casemate(["ps", "-q"]).text().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "{process} was killed");
+        }
+        // The network goes with the container's end, the container with its removal.
+        host.casemate(["rm", "web"]).succeeds();
+        assert_eq!(host_state(), before, "{process} was killed");
+        host.is_clean();
+    }
+}
+
+#[test]
+fn names_and_addresses_are_as_wished() {
+    let _alone = alone();
+    let host = networked();
+    let create = [
+        "network",
+        "create",
+        "--subnet",
+        "10.77.5.0/24",
+        "--label",
+        "a=b",
+        "own",
+    ];
+    host.casemate(create).succeeds();
+    let script = "cat /etc/hosts /etc/resolv.conf; ip -o addr show eth0; ip -o link show eth0";
+    let run = host.run([
+        "--network",
+        "own",
+        "--ip",
+        "10.77.5.77",
+        "--mac-address",
+        "02:00:00:00:77:77",
+        "--add-host",
+        "db:10.0.0.9",
+        "--add-host",
+        "host:host-gateway",
+        "--dns",
+        "10.77.5.1",
+        "--dns-search",
+        "a.example",
+        "--hostname",
+        "box",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]);
+    for text in [
+        "10.77.5.77\tbox\n",
+        "10.0.0.9\tdb\n",
+        "10.77.5.1\thost\n",
+        "nameserver 10.77.5.1\n",
+        "search a.example\n",
+        "inet 10.77.5.77/24",
+        "02:00:00:00:77:77",
+    ] {
+        run.succeeds().mentions(text);
+    }
+    host.casemate(["network", "ls"]).succeeds().mentions("own");
+    let format = "{{json .IPAM.Config}} {{.Labels.a}}";
+    host.casemate(["network", "inspect", "own", "--format", format])
+        .succeeds()
+        .prints("[{\"Gateway\":\"10.77.5.1\",\"Subnet\":\"10.77.5.0/24\"}] b\n");
+    host.casemate(["network", "prune", "-f"])
+        .succeeds()
+        .prints("Deleted: own\n");
+    host.run(["--network", "own", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("network own not found");
+    host.is_clean();
+}
+
+#[test]
+fn host_without_plugins_says_what_to_install() {
+    let host = Host::with_images().configured("network = \"bridge\"\ncni_dir = \"/nowhere\"\n");
+    host.run(["busybox", "true"])
+        .ends_with(125)
+        .complains_of("containernetworking-plugins");
+    host.run(["--network", "none", "-p", "80:80", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("--publish needs a network");
+    host.is_clean();
+}
+
+/// An emulated host has no way out, which passt wants to see.
+fn way_out() {
+    for line in [
+        "ip link add out0 type dummy",
+        "ip addr replace 192.0.2.2/24 dev out0",
+        "ip link set out0 up",
+        "ip route replace default via 192.0.2.1",
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        let _ = Command::new(words[0]).args(&words[1..]).output();
+    }
+}
+
+#[test]
+fn user_has_a_network_by_way_of_passt() {
+    let _alone = alone();
+    way_out();
+    let host = Host::with_images()
+        .configured("network = \"passt\"\n")
+        .of_user(65_534);
+    // Whoever runs the host's services, they are reached by the addresses of its own interfaces.
+    let listener = std::net::TcpListener::bind("192.0.2.2:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let server = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut stream, _) = listener.accept().expect("a connection");
+        let mut text = String::new();
+        stream.write_all(b"from the host").expect("written");
+        stream.read_to_string(&mut text).expect("read");
+        text
+    });
+    let script = format!(
+        "ip -o addr show eth0; cat /etc/resolv.conf; echo hello | nc -w 20 192.0.2.2 {port}"
+    );
+    host.run(["busybox", "sh", "-c", &script])
+        .succeeds()
+        .mentions("10.189.0.2/24")
+        .mentions("nameserver 10.189.0.3")
+        .mentions("from the host");
+    assert_eq!(server.join().expect("served"), "hello\n");
+
+    serve(
+        &host,
+        "web",
+        &["-p", "18080:8080", "-p", "127.0.0.1:18081:8080"],
+    );
+    for address in ["127.0.0.1:18080", "192.0.2.2:18080", "127.0.0.1:18081"] {
+        assert_eq!(answer(address), "web\n", "{address}");
+    }
+    host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("passt does not answer");
+    for pid in host.processes("passt") {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !host.casemate(["ps", "-q"]).text().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "passt was killed");
+    }
+    host.casemate([
+        "inspect",
+        "--format",
+        "{{.State.Status}} {{.State.Error}}",
+        "web",
+    ])
+    .succeeds()
+    .mentions("exited its network's process (passt) ended");
+    host.casemate(["rm", "web"]).succeeds();
+    host.is_clean();
+}
