@@ -63,13 +63,17 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
     })
 }
 
-/// `--hold-network CONTROL STREAM`: the process that holds a user's network, by the numbers of two descriptors.
+/// `--hold-network CONTROL STREAM MAC [POLICY]`: the process that holds a user's network, by the numbers of two descriptors.
 fn hold_network(mut args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     let mut next = || {
         let number = args.next().context("a descriptor's number is missing")?;
         descriptor("--hold-network", &number)
     };
-    network::user::hold(next()?, next()?)
+    let (control, stream) = (next()?, next()?);
+    let guest = args.next().context("the guest's MAC address is missing")?;
+    let guest = guest.parse().map_err(anyhow::Error::msg)?;
+    let policy = args.next().map(|text| serde_json::from_str(&text));
+    network::user::hold(control, stream, guest, policy.transpose()?)
 }
 
 fn descriptor(name: &str, text: &str) -> anyhow::Result<OwnedFd> {

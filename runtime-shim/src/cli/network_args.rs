@@ -1,7 +1,17 @@
 //! The grammar of everything about networks.
 
 use super::args::FormatArgs;
-use clap::{Args, Subcommand};
+use crate::network::egress::Rule;
+use clap::{Args, Subcommand, ValueEnum};
+
+/// `--egress`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Egress {
+    /// Everywhere but to clouds' metadata
+    Allow,
+    /// Nowhere but where --egress-allow says
+    Deny,
+}
 
 /// A container's network.
 #[derive(Debug, Default, Args)]
@@ -40,6 +50,12 @@ pub(super) struct NetworkArgs {
     /// Its MAC address there
     #[arg(long, value_name = "ADDRESS")]
     pub(super) mac_address: Option<crate::network::wish::Mac>,
+    /// Where it may send to: everywhere but to clouds' metadata, or nowhere (replies are no sending)
+    #[arg(long, value_name = "POLICY", value_enum)]
+    pub(super) egress: Option<Egress>,
+    /// An exception: CIDR[:PORT[-PORT]][/tcp|udp], IPv6 with a port in brackets
+    #[arg(long, value_name = "DESTINATION")]
+    pub(super) egress_allow: Vec<Rule>,
     /// A further name of the container on its network
     #[arg(long, alias = "net-alias", value_name = "NAME")]
     pub(super) network_alias: Vec<String>,

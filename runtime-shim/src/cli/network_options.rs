@@ -1,8 +1,9 @@
 //! From a container's network options to what the shim is to make of them.
 
-use super::network_args::NetworkArgs;
+use super::network_args::{Egress, NetworkArgs};
 use super::{publish, resolv};
 use crate::network::cni;
+use crate::network::egress::{MAX_RULES, Policy};
 use crate::network::networks::{self, DEFAULT, Network};
 use crate::network::user;
 use crate::network::wish::{self, Attachment, Mac, Port, Wish};
@@ -77,6 +78,7 @@ pub(super) fn wish(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Op
     Ok(Some(Wish {
         attachments,
         ports: publish::all(&args.publish)?,
+        egress: policy(args)?,
     }))
 }
 
@@ -93,6 +95,19 @@ fn check_wishes(args: &NetworkArgs, network: &Network, first: bool) -> anyhow::R
         }
     }
     Ok(())
+}
+
+/// `--egress`; `None`: what every container has.
+fn policy(args: &NetworkArgs) -> anyhow::Result<Option<Policy>> {
+    if args.egress_allow.len() > MAX_RULES {
+        bail!("--egress-allow: at most {MAX_RULES} are possible");
+    }
+    let deny = args.egress == Some(Egress::Deny);
+    let policy = Policy {
+        deny,
+        allow: args.egress_allow.clone(),
+    };
+    Ok((policy != Policy::default()).then_some(policy))
 }
 
 /// What makes no sense without a network.
@@ -179,6 +194,7 @@ fn of_user(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Wish> {
     Ok(Wish {
         attachments: vec![attachment],
         ports: publish::all(&args.publish)?,
+        egress: policy(args)?,
     })
 }
 

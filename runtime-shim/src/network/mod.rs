@@ -12,9 +12,11 @@
 //! | `netns` | namespaces |
 //! | `look` | what is in one |
 //! | `tap` | taps, and what joins them with interfaces |
+//! | `egress` | where a guest may send to |
 //! | `user` | an ordinary user's: passt |
 
 pub mod cni;
+pub mod egress;
 pub mod look;
 pub mod netns;
 pub mod networks;

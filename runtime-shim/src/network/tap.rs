@@ -84,18 +84,8 @@ pub fn join(
     interface: &Interface,
     guarded: bool,
 ) -> io::Result<()> {
-    // Nothing of the namespace's own shall come from the tap or take what the filters let through.
-    for (file, value) in [
-        ("ipv4/conf", "forwarding=0"),
-        ("ipv6/conf", "disable_ipv6=1"),
-    ] {
-        let (key, value) = value.split_once('=').unwrap_or((value, ""));
-        let path = format!("/proc/sys/net/{file}/{}/{key}", tap.name);
-        crate::files::gone_is_fine(std::fs::write(path, value))?;
-    }
-    let flags = IFF_UP | IFF_NOARP;
-    let up = Request::new(kind::NEWLINK, 0, &link(tap.index, flags, flags));
-    socket.change(up.with(IFLA_MTU, &interface.mtu.to_ne_bytes()))?;
+    mute(&tap.name)?;
+    bring_up(socket, tap, interface.mtu)?;
     for index in [tap.index, interface.index] {
         let qdisc = Request::new(
             kind::NEWQDISC,
@@ -112,6 +102,25 @@ pub fn join(
     let all = &[Key::default()];
     socket.change(filter(tap.index, 9, ETH_P_ALL, all, Some(interface.index)))?;
     socket.change(filter(interface.index, 9, ETH_P_ALL, all, Some(tap.index)))
+}
+
+/// Nothing of the namespace's own comes from this interface, or takes what nobody else did.
+pub fn mute(name: &str) -> io::Result<()> {
+    for (key, value) in [
+        (format!("ipv4/conf/{name}/forwarding"), "0"),
+        (format!("ipv6/conf/{name}/disable_ipv6"), "1"),
+    ] {
+        // A kernel may have no IPv6.
+        crate::files::gone_is_fine(std::fs::write(format!("/proc/sys/net/{key}"), value))?;
+    }
+    Ok(())
+}
+
+/// Brings a tap up.
+pub fn bring_up(socket: &Socket, tap: &Interface, mtu: u32) -> io::Result<()> {
+    let flags = IFF_UP | IFF_NOARP;
+    let up = Request::new(kind::NEWLINK, 0, &link(tap.index, flags, flags));
+    socket.change(up.with(IFLA_MTU, &mtu.to_ne_bytes()))
 }
 
 /// Filters that keep packets from being redirected: without that they end here. Tagged frames would pass the others.

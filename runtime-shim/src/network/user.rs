@@ -6,9 +6,10 @@
 
 #![allow(unsafe_code)] // unshare(2), whose safe wrapper is gone
 
+use super::egress::{self, Policy};
 use super::look::Seen;
 use super::tap;
-use crate::network::wish::Port;
+use crate::network::wish::{Mac, Port};
 use anyhow::{Context, bail};
 use casemate_protocol::netlink::{Request, Socket, kind, link};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -18,7 +19,7 @@ use rustix::thread::UnshareFlags;
 use std::io;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// The network's name.
@@ -77,11 +78,16 @@ pub fn arguments(stream: i32, ports: &[Port]) -> Vec<String> {
 
 /// The process that holds the namespaces: makes them, hands the VMM's tap out over `control` and copies frames until
 /// `control` or `stream` ends.
-pub fn hold(control: OwnedFd, stream: OwnedFd) -> anyhow::Result<()> {
+pub fn hold(
+    control: OwnedFd,
+    stream: OwnedFd,
+    guest: Mac,
+    policy: Option<Policy>,
+) -> anyhow::Result<()> {
     enter_namespaces().context("can't make a user and network namespace")?;
     let vmms = tap::open(VMMS).context("can't make a tap; may this user open /dev/net/tun?")?;
     let ours = tap::open_plain(OURS).context("can't make a tap")?;
-    join().context("can't join the taps")?;
+    join(policy.as_ref()).context("can't join the taps")?;
     let fds = [vmms.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -91,7 +97,7 @@ pub fn hold(control: OwnedFd, stream: OwnedFd) -> anyhow::Result<()> {
         .context("can't hand the tap over")?;
     drop(vmms);
     rustix::thread::set_no_new_privs(true)?;
-    Relay::new(ours, stream)?.run(&control)
+    Relay::new(ours, stream, guest)?.run(&control)
 }
 
 fn enter_namespaces() -> io::Result<()> {
@@ -103,7 +109,7 @@ fn enter_namespaces() -> io::Result<()> {
     std::fs::write("/proc/self/gid_map", format!("0 {} 1", group.as_raw()))
 }
 
-fn join() -> io::Result<()> {
+fn join(policy: Option<&Policy>) -> io::Result<()> {
     let socket = Socket::open()?;
     let missing = || io::Error::from(io::ErrorKind::NotFound);
     let seen = Seen::here(&socket)?;
@@ -113,12 +119,18 @@ fn join() -> io::Result<()> {
     let seen = Seen::here(&socket)?;
     let (vmms, ours) = (seen.interface(VMMS), seen.interface(OURS));
     let (vmms, ours) = (vmms.ok_or_else(missing)?, ours.ok_or_else(missing)?);
-    tap::join(&socket, vmms, ours, true)
+    match policy {
+        None => tap::join(&socket, vmms, ours, true),
+        Some(policy) => {
+            egress::enforce(policy, &[IpAddr::V4(ADDRESS)], &[VMMS.to_owned()])?;
+            egress::join(&socket, vmms, ours, "join0")
+        }
+    }
 }
 
-/// Asks who has the gateway's address: passt answers as soon as it speaks at all.
-fn question() -> Vec<u8> {
-    let mac = [2, 0, 0, 0, 0, 1];
+/// Asks in the guest's name who has the gateway's address: passt answers as soon as it speaks at all, and knows from
+/// then on where the guest is.
+fn question(Mac(mac): Mac) -> Vec<u8> {
     let mut frame = [0xff; 6].to_vec();
     frame.extend(mac);
     // ARP; Ethernet, IPv4; lengths of their addresses; a request.
@@ -142,7 +154,7 @@ struct Relay {
 }
 
 impl Relay {
-    fn new(tap: OwnedFd, stream: OwnedFd) -> io::Result<Self> {
+    fn new(tap: OwnedFd, stream: OwnedFd, guest: Mac) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&stream, true)?;
         let mut relay = Self {
             tap,
@@ -151,7 +163,7 @@ impl Relay {
             sent: 0,
             from_stream: Vec::new(),
         };
-        relay.queue(&question());
+        relay.queue(&question(guest));
         Ok(relay)
     }
 
@@ -309,7 +321,7 @@ mod tests {
         let (guest, tap) = pair(rustix::net::SocketType::SEQPACKET);
         let (passt, stream) = pair(rustix::net::SocketType::STREAM);
         let (shim, control) = pair(rustix::net::SocketType::SEQPACKET);
-        let relay = Relay::new(tap, stream).unwrap();
+        let relay = Relay::new(tap, stream, Mac([2; 6])).unwrap();
         let thread = std::thread::spawn(move || relay.run(&control));
         let mut buffer = [0; 128];
         let asked = rustix::io::read(&passt, &mut buffer).unwrap();

@@ -1,5 +1,6 @@
 //! What a container on networks is to get: written by the command line, read by the shim at each start.
 
+use super::egress::Policy;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -20,6 +21,9 @@ pub struct Wish {
     /// What is published on the host, by way of the first network.
     #[serde(default)]
     pub ports: Vec<Port>,
+    /// Where it may send to; `None`: everywhere but to clouds' metadata.
+    #[serde(default)]
+    pub egress: Option<Policy>,
 }
 
 /// An interface on a network.
@@ -180,6 +184,7 @@ mod tests {
         let wish = Wish {
             attachments: vec![attachment.clone(), attachment],
             ports: vec![port],
+            egress: None,
         };
         let first = wish.runtime(0);
         assert_eq!(first["portMappings"][0]["hostPort"], 80);

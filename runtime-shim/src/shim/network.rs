@@ -7,6 +7,7 @@ use super::launch::Launch;
 use super::passt::{self, Passt};
 use crate::journal::{Journal, Taken};
 use crate::network::cni::{self, Attachment, CniError, Outcome};
+use crate::network::egress::{self, Policy};
 use crate::network::look::{Interface, Seen};
 use crate::network::networks::{self, Network, NetworkError};
 use crate::network::wish::{self, Mac, Port, Wish};
@@ -194,12 +195,12 @@ impl Attaching {
         let devices = devices.collect();
 
         let (tell, told) = oneshot::channel();
-        let (bundle, netns) = (bundle.to_owned(), netns.to_owned());
+        let (bundle, netns, policy) = (bundle.to_owned(), netns.to_owned(), wish.egress);
         std::thread::spawn(move || {
             let _busy = BUSY.lock().unwrap_or_else(|e| e.into_inner());
             // Nobody listens if the guest failed in the meantime.
             if !tell.is_closed() {
-                let _ = tell.send(fill(&bundle, &netns, &own, &journal));
+                let _ = tell.send(fill(&bundle, &netns, &own, policy.as_ref(), &journal));
             }
         });
         Ok(Self {
@@ -211,8 +212,8 @@ impl Attaching {
 
     /// By way of passt.
     fn of_user(bundle: &Path, wish: &Wish, launch: &Launch<'_>) -> Result<Self, NetworkFailure> {
-        let Mac(mac) = wish.attachments.first().map_or(Mac([2; 6]), |a| a.mac);
-        let (passt, tap) = Passt::start(launch.settings, &wish.ports, launch.journal)?;
+        let mac = wish.attachments.first().map_or(Mac([2; 6]), |a| a.mac);
+        let (passt, tap) = Passt::start(launch.settings, wish, mac, launch.journal)?;
         let result = serde_json::json!({"ips": [{
             "address": format!("{}/{}", user::ADDRESS, user::PREFIX),
             "gateway": user::GATEWAY,
@@ -231,9 +232,13 @@ impl Attaching {
             });
             let _ = tell.send(told);
         });
-        let mtu = user::MTU;
+        let device = Device {
+            tap,
+            mac: mac.0,
+            mtu: user::MTU,
+        };
         Ok(Self {
-            devices: vec![Device { tap, mac, mtu }],
+            devices: vec![device],
             kept: Kept::default(),
             told,
         })
@@ -407,6 +412,7 @@ fn fill(
     bundle: &Path,
     netns: &Path,
     own: &[Own],
+    policy: Option<&Policy>,
     journal: &Journal,
 ) -> Result<Told, NetworkFailure> {
     let mut ips = Vec::new();
@@ -425,11 +431,23 @@ fn fill(
         let socket = Socket::open()?;
         let seen = Seen::here(&socket)?;
         let mut request = proto::NetworkRequest::new();
+        if let Some(policy) = policy {
+            // Before there is anything that it could be late for.
+            let taps: Vec<String> = (0..own.len()).map(tap_name).collect();
+            egress::enforce(policy, &ips, &taps)?;
+        }
         for (number, own) in own.iter().enumerate() {
             let Some(interface) = seen.interface(&own.attachment.interface) else {
                 return Ok(Err(number));
             };
-            join(&socket, number, interface, true)?;
+            match policy {
+                None => join(&socket, number, interface, true)?,
+                Some(_) => {
+                    let tap = seen.interface(&tap_name(number));
+                    let tap = tap.ok_or(io::ErrorKind::NotFound)?;
+                    egress::join(&socket, tap, interface, &format!("join{number}"))?;
+                }
+            }
             seen.tell(interface, own.mac, &mut request);
         }
         Ok(Ok(request))

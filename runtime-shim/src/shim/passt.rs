@@ -4,7 +4,7 @@ use super::network::NetworkFailure;
 use crate::fds;
 use crate::journal::Journal;
 use crate::network::user::{ADDRESS, GATEWAY, MTU, PREFIX, READY, arguments};
-use crate::network::wish::{self, Port};
+use crate::network::wish::{self, Mac, Wish};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
 use casemate_protocol::text::printable_lines;
@@ -92,7 +92,8 @@ impl Passt {
     /// Starts both and gives the VMM's tap.
     pub(super) fn start(
         settings: &Settings,
-        ports: &[Port],
+        wish: &Wish,
+        guest: Mac,
         journal: &Journal,
     ) -> Result<(Self, OwnedFd), NetworkFailure> {
         let failed = |source| NetworkFailure::User {
@@ -103,7 +104,11 @@ impl Passt {
         let (relay, stream) = pair(SocketType::STREAM).map_err(failed)?;
         let mut command = Command::new(&settings.shim);
         command.args(["--hold-network", &theirs.as_raw_fd().to_string()]);
-        command.arg(relay.as_raw_fd().to_string());
+        command.args([relay.as_raw_fd().to_string(), guest.to_string()]);
+        if let Some(policy) = &wish.egress {
+            let policy = serde_json::to_string(policy).map_err(|e| failed(e.into()))?;
+            command.arg(policy);
+        }
         let holder = Process::start(&mut command, &[&theirs, &relay], journal).map_err(failed)?;
         drop((theirs, relay));
         let tap = receive(&control).map_err(|source| NetworkFailure::User {
@@ -111,7 +116,7 @@ impl Passt {
             source: Some(source),
         })?;
         let mut command = Command::new(settings.passt());
-        command.args(arguments(stream.as_raw_fd(), ports));
+        command.args(arguments(stream.as_raw_fd(), &wish.ports));
         let passt = Process::start(&mut command, &[&stream], journal).map_err(|source| {
             NetworkFailure::User {
                 message: format!("can't start {}", settings.passt().display()),
@@ -189,7 +194,7 @@ fn receive(control: &OwnedFd) -> io::Result<OwnedFd> {
 }
 
 /// What the agent is told of it.
-pub(super) fn request(mac: [u8; 6]) -> proto::NetworkRequest {
+pub(super) fn request(Mac(mac): Mac) -> proto::NetworkRequest {
     let name = wish::interface(0);
     let address = proto::Address {
         ip: ADDRESS.octets().to_vec(),

@@ -314,7 +314,8 @@ fn user_has_a_network_by_way_of_passt() {
     host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
         .ends_with(125)
         .complains_of("passt does not answer");
-    for pid in host.processes("passt") {
+    let passts = ["passt", "passt.avx2"].map(|name| host.processes(name));
+    for pid in passts.into_iter().flatten() {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
@@ -330,5 +331,162 @@ fn user_has_a_network_by_way_of_passt() {
     .succeeds()
     .mentions("exited its network's process (passt) ended");
     host.casemate(["rm", "web"]).succeeds();
+    host.is_clean();
+}
+
+/// A server of the host that answers every connection.
+struct Server {
+    address: std::net::SocketAddr,
+    /// The hash of each transfer that it took.
+    hashes: std::sync::mpsc::Receiver<String>,
+}
+
+impl Server {
+    /// Serves at an address of the host: says hello and takes what comes.
+    fn at(ip: &str) -> Self {
+        use std::io::{Read, Write};
+        let listener = std::net::TcpListener::bind((ip, 0)).expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let (tell, hashes) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.expect("a connection");
+                let tell = tell.clone();
+                std::thread::spawn(move || {
+                    let _ = stream.write_all(b"from the host\n");
+                    let mut all = Vec::new();
+                    let _ = stream.read_to_end(&mut all);
+                    let _ = tell.send(sha256(&all));
+                });
+            }
+        });
+        Self { address, hashes }
+    }
+
+    /// A shell command that prints what the server says.
+    fn ask(&self, seconds: u32) -> String {
+        let (ip, port) = (self.address.ip(), self.address.port());
+        format!("nc -w {seconds} {ip} {port} < /dev/null")
+    }
+}
+
+/// The hash of some bytes, as sha256sum prints it.
+fn sha256(bytes: &[u8]) -> String {
+    use std::io::Write;
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    file.as_file().write_all(bytes).expect("written");
+    let sum = output(&format!("sha256sum {}", file.path().display()));
+    sum.split(' ').next().expect("a hash").to_owned()
+}
+
+#[test]
+fn large_transfer_arrives_as_it_was_sent() {
+    let _alone = alone();
+    let host = networked();
+    // Its bridge is there from the first container on.
+    host.run(["busybox", "true"]).succeeds();
+    let server = Server::at("10.188.0.1");
+    let script = format!(
+        "dd if=/dev/urandom of=/big bs=1M count=24 2> /dev/null; sha256sum < /big; {} < /big > /dev/null",
+        server.ask(60).replace(" < /dev/null", "")
+    );
+    let sent = host.run(["busybox", "sh", "-c", &script]);
+    let hash = sent.succeeds().text();
+    let hash = hash.split(' ').next().expect("a hash");
+    assert_eq!(server.hashes.recv().expect("received"), hash);
+
+    let socket = std::net::UdpSocket::bind("10.188.0.1:0").expect("a port");
+    let port = socket.local_addr().expect("an address").port();
+    let echo = std::thread::spawn(move || {
+        let mut buffer = [0; 64];
+        let (length, from) = socket.recv_from(&mut buffer).expect("a packet");
+        socket.send_to(b"pong\n", from).expect("sent");
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    });
+    let script = format!("(echo ping; sleep 3) | nc -u -w 10 10.188.0.1 {port}");
+    host.run(["busybox", "timeout", "20", "sh", "-c", &script])
+        .mentions("pong");
+    assert_eq!(echo.join().expect("echoed"), "ping\n");
+    host.is_clean();
+}
+
+/// What a container on this network prints that asks the server.
+fn asks(host: &Host, server: &Server, options: &[&str], before: &str) -> String {
+    let script = format!("{before} {} || echo no way", server.ask(4));
+    let mut args = options.to_vec();
+    args.extend_from_slice(&["busybox", "sh", "-c", &script]);
+    host.run(args).text()
+}
+
+const HELLO: &str = "from the host\n";
+const REFUSED: &str = "no way\n";
+
+/// Metadata and policies, on a network whose containers reach the host at `server`.
+fn keeps_to_its_policy(host: &Host, server: &Server, metadata: &Server, published: &str) {
+    assert_eq!(asks(host, server, &[], ""), HELLO);
+    assert_eq!(asks(host, metadata, &[], ""), REFUSED);
+    let allow = ["--egress-allow", "169.254.169.254"];
+    assert_eq!(asks(host, metadata, &allow, ""), HELLO);
+    assert_eq!(asks(host, server, &allow, ""), HELLO);
+    let deny = ["--egress", "deny"];
+    assert_eq!(asks(host, server, &deny, ""), REFUSED);
+    let exact = format!("{}/tcp", server.address);
+    let but = ["--egress", "deny", "--egress-allow", &exact];
+    assert_eq!(asks(host, server, &but, ""), HELLO);
+    let elsewhere = format!("{}/udp", server.address);
+    let but = ["--egress", "deny", "--egress-allow", &elsewhere];
+    assert_eq!(asks(host, server, &but, ""), REFUSED);
+
+    // What comes in is answered.
+    serve(host, "web", &["--egress", "deny", "-p", "18080:8080"]);
+    assert_eq!(answer(published), "web\n");
+    host.casemate(["rm", "-f", "web"]).succeeds();
+}
+
+#[test]
+fn policy_holds_on_a_bridge_whatever_the_guest_calls_itself() {
+    let _alone = alone();
+    way_out();
+    let _ = Command::new("ip")
+        .args(["addr", "replace", "169.254.169.254/32", "dev", "out0"])
+        .output();
+    let host = networked();
+    host.run(["busybox", "true"]).succeeds();
+    let before = host_state();
+    let (server, metadata) = (Server::at("10.188.0.1"), Server::at("169.254.169.254"));
+    keeps_to_its_policy(&host, &server, &metadata, "127.0.0.1:18080");
+
+    let but = format!("{}/tcp", server.address);
+    let options = [
+        "--cap-add",
+        "NET_ADMIN",
+        "--cap-add",
+        "NET_RAW",
+        "--egress",
+        "deny",
+    ];
+    let rename = "ip addr flush dev eth0; ip addr add 10.188.0.99/24 dev eth0;";
+    let allowed = [&options[..], &["--egress-allow", but.as_str()]].concat();
+    assert_eq!(asks(&host, &server, &allowed, ":;"), HELLO);
+    assert_eq!(asks(&host, &server, &allowed, rename), REFUSED);
+    let tagged = "ip link add link eth0 name eth0.5 type vlan id 5; ip link set eth0.5 up;";
+    assert_eq!(asks(&host, &server, &options, tagged), REFUSED);
+    let links = |state: &str| state.lines().last().map(str::to_owned);
+    assert_eq!(links(&host_state()), links(&before));
+    host.is_clean();
+}
+
+#[test]
+fn policy_holds_for_a_user() {
+    let _alone = alone();
+    way_out();
+    let _ = Command::new("ip")
+        .args(["addr", "replace", "169.254.169.254/32", "dev", "out0"])
+        .output();
+    let host = Host::with_images()
+        .configured("network = \"passt\"\n")
+        .of_user(65_534);
+    let (server, metadata) = (Server::at("192.0.2.2"), Server::at("169.254.169.254"));
+    keeps_to_its_policy(&host, &server, &metadata, "192.0.2.2:18080");
     host.is_clean();
 }
