@@ -13,6 +13,8 @@ mod generated {
 #[cfg(feature = "rpc")]
 pub use generated::{agent, agent_ttrpc};
 
+#[cfg(feature = "netlink")]
+pub mod netlink;
 pub mod text;
 #[cfg(feature = "rpc")]
 pub mod tool;

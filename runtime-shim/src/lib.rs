@@ -13,6 +13,7 @@ pub mod files;
 pub mod health;
 pub mod journal;
 pub mod log;
+pub mod network;
 pub mod paths;
 pub mod plan;
 pub mod restart;

@@ -7,7 +7,7 @@ use crate::shim::timing;
 use crate::size::MIB;
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Component, Path, PathBuf};
 
 /// Holds the user as an image's config names it: "name|uid[:group|gid]".
@@ -107,6 +107,8 @@ pub struct Plan {
     pub user: String,
     /// More for the guest kernel's command line.
     pub kernel_args: &'static str,
+    /// The network namespace whose interfaces the guest gets; `None`: it has no network.
+    pub netns: Option<PathBuf>,
 }
 
 /// Why a spec can't be run.
@@ -228,7 +230,26 @@ pub fn plan(
             Some(timing::INITCALLS) => "initcall_debug loglevel=8",
             _ => "",
         },
+        netns: netns(spec),
     })
+}
+
+/// The network namespace of the host that the spec names.
+fn netns(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let network = namespaces
+        .iter()
+        .find(|n| n.typ() == LinuxNamespaceType::Network)?;
+    network.path().clone()
+}
+
+/// The container shares the guest's own network, which stands for the namespace that the spec names.
+fn without_netns(spec: &mut Spec) {
+    let linux = spec.linux_mut().as_mut();
+    let namespaces = linux.and_then(|linux| linux.namespaces_mut().as_mut());
+    if let Some(namespaces) = namespaces {
+        namespaces.retain(|n| n.typ() != LinuxNamespaceType::Network || n.path().is_none());
+    }
 }
 
 /// The guest's memory in MiB and its vCPUs.
@@ -266,12 +287,18 @@ fn guest_spec(id: &str, bundle: &Path, spec: &Spec) -> Result<(Spec, Vec<CopiedF
                 source_path: source,
             });
         }
-        let target = format!("{GUEST_RUN_DIR}/{id}/file{index}");
+        let target = file_target(id, index);
         mount.set_source(Some(target.clone().into()));
         files.push(CopiedFile { source, target });
     }
     guest.set_mounts(Some(mounts));
+    without_netns(&mut guest);
     Ok((guest, files))
+}
+
+/// Where the guest has the file that stands for the spec's bind mount of that number.
+pub fn file_target(id: &str, index: usize) -> String {
+    format!("{GUEST_RUN_DIR}/{id}/file{index}")
 }
 
 /// Guest memory for a container that may use `limit` bytes.

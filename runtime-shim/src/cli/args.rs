@@ -5,6 +5,7 @@ use super::cp::CpArgs;
 use super::diff::DiffArgs;
 use super::events::EventsArgs;
 use super::health::HealthArgs;
+use super::network_args::{NetworkArgs, NetworkCommand};
 use super::system::SystemCommand;
 use super::top::TopArgs;
 use super::update::UpdateArgs;
@@ -96,6 +97,11 @@ pub(super) enum Command {
     System(SystemCommand),
     /// Show the host, the installation and what is there
     Info(FormatArgs),
+    /// Show what ports of a container the host has
+    Port(PortArgs),
+    /// Manage networks
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Show the version
     Version(FormatArgs),
     /// Print a shell's completion script
@@ -247,6 +253,9 @@ pub(super) struct CreateArgs {
     /// What tells whether it is well.
     #[command(flatten)]
     pub(super) health: HealthArgs,
+    /// Its network.
+    #[command(flatten)]
+    pub(super) network: NetworkArgs,
     /// The image
     pub(super) image: String,
     /// The command and its arguments
@@ -559,6 +568,15 @@ pub(super) struct ContainersArgs {
     /// Names or ids
     #[arg(required = true)]
     pub(super) containers: Vec<String>,
+}
+
+/// `casemate port`
+#[derive(Debug, Args)]
+pub(super) struct PortArgs {
+    /// Name or id
+    pub(super) container: String,
+    /// Only this port of the container: PORT[/tcp|udp]
+    pub(super) port: Option<String>,
 }
 
 /// `casemate check`

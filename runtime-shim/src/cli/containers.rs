@@ -2,7 +2,7 @@
 
 use super::args::{InspectArgs, Kind, PsArgs, RenameArgs, RmArgs};
 use super::filter::Filters;
-use super::{create, images, lifecycle, output};
+use super::{create, images, lifecycle, network_view, output};
 use crate::health::{self, Health};
 use crate::settings::Settings;
 use crate::state::{Container, DEFAULT_NAMESPACE, Meta, State, StateRoot, now_ns};
@@ -113,7 +113,7 @@ fn row(container: &Container, no_trunc: bool) -> Value {
         "CreatedAt": times::rfc3339(meta.created),
         "Status": status_text(container),
         "State": state_name(container),
-        "Ports": "",
+        "Ports": network_view::ports(container),
         "Names": meta.name,
         "Labels": labels.join(","),
     })
@@ -226,6 +226,7 @@ fn inspected(container: &Container) -> Value {
         Some((path, args)) => (path.clone(), args.to_vec()),
         None => (String::new(), Vec::new()),
     };
+    let (network, host_network) = network_view::settings(container);
     json!({
         "Id": meta.id,
         "Name": meta.name,
@@ -262,7 +263,10 @@ fn inspected(container: &Container) -> Value {
             "ReadonlyRootfs": meta.read_only,
             "RestartPolicy": {"Name": meta.restart.name(), "MaximumRetryCount": meta.restart.times()},
             "LogConfig": log_config(meta),
+            "NetworkMode": host_network["NetworkMode"],
+            "PortBindings": host_network["PortBindings"],
         },
+        "NetworkSettings": network,
     })
 }
 

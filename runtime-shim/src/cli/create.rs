@@ -2,7 +2,7 @@
 
 use super::args::{CreateArgs, LogDriver, TimingFormat};
 use super::run::Failure;
-use super::{containers, env, health, images, output, signals, spec, terminal};
+use super::{containers, env, health, images, network_options, output, signals, spec, terminal};
 use crate::journal::Taken;
 use crate::log;
 use crate::plan::{self, Host};
@@ -67,12 +67,14 @@ pub(super) async fn make(
     let given_env = env::of(&args.process)?;
     let labels = labels(args)?;
     let cidfile = args.cidfile.as_deref().map(IdFile::new).transpose()?;
+    let mut network = network_options::wish(settings, &args.network)?;
     let root = containers::state(settings)?;
 
     let wanted = args.platform.as_deref();
     let (store, image) = images::for_run(settings, &args.image, args.pull, wanted).await?;
     let rootfs = store.rootfs(&image)?;
 
+    network_options::publish_exposed(&args.network, network.as_mut(), &image.config)?;
     let id = new_id()?;
     let bundle = root.path_of(&id);
     let given = spec::Given {
@@ -81,6 +83,7 @@ pub(super) async fn make(
         env: given_env,
         console: terminal::size(),
         timing: wishes.timing,
+        network: network.is_some(),
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
@@ -89,7 +92,8 @@ pub(super) async fn make(
         ..meta(args, &image, &id, &spec, labels, log)
     };
     let dir = root.create(&meta)?;
-    let filled = write_bundle(dir.path(), &spec, &hostname)
+    let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
+    let filled = write_bundle(dir.path(), &spec, &hostname, files)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
         .and_then(|()| make_log(settings, &meta, &dir))
         .and_then(|()| cidfile.map_or(Ok(()), |file| file.write(&id)));
@@ -279,19 +283,17 @@ fn meta(
     }
 }
 
-fn write_bundle(dir: &Path, spec: &Value, hostname: &str) -> anyhow::Result<()> {
-    let hosts = format!(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n"
-    );
-    let resolv = std::fs::read("/etc/resolv.conf").unwrap_or_default();
-    let config = serde_json::to_vec(spec)?;
-    let hostname = format!("{hostname}\n");
-    let files: [(&str, &[u8]); 4] = [
-        ("config.json", &config),
-        ("hosts", hosts.as_bytes()),
-        ("hostname", hostname.as_bytes()),
-        ("resolv.conf", &resolv),
+fn write_bundle(
+    dir: &Path,
+    spec: &Value,
+    hostname: &str,
+    of_network: Vec<(&'static str, Vec<u8>)>,
+) -> anyhow::Result<()> {
+    let mut files = vec![
+        ("config.json", serde_json::to_vec(spec)?),
+        ("hostname", format!("{hostname}\n").into_bytes()),
     ];
+    files.extend(of_network);
     for (name, bytes) in files {
         let path = dir.join(name);
         std::fs::write(&path, bytes).with_context(|| format!("can't write {}", path.display()))?;

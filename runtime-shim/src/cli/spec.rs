@@ -4,6 +4,7 @@
 
 use super::args::{CreateArgs, TimingFormat};
 use super::{caps, env};
+use crate::network::NETNS;
 use crate::plan::USER_ANNOTATION;
 use crate::shim::timing;
 use crate::size;
@@ -54,6 +55,8 @@ pub(super) struct Given<'a> {
     pub(super) console: Option<(u16, u16)>,
     /// The times of the start are wanted.
     pub(super) timing: Option<TimingFormat>,
+    /// It is on networks.
+    pub(super) network: bool,
 }
 
 /// `--cpus` and `--memory` as the spec's resources.
@@ -290,6 +293,10 @@ pub(super) fn build(
         None => {}
     }
     let namespaces = ["pid", "ipc", "uts", "mount", "cgroup"].map(|n| json!({"type": n}));
+    let netns = given
+        .network
+        .then(|| json!({"type": "network", "path": given.bundle.join(NETNS)}));
+    let namespaces: Vec<Value> = namespaces.into_iter().chain(netns).collect();
     Ok(json!({
         "ociVersion": "1.2.0",
         "process": process,
@@ -326,6 +333,7 @@ mod tests {
             env: args.process.env.clone(),
             console: Some((24, 80)),
             timing: None,
+            network: false,
         };
         let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;
         build(&args, &image(config), &resources, &given)

@@ -164,6 +164,7 @@ macro_rules! quick_calls {
 
 quick_calls! {
     online_cpus, "OnlineCpus", OnlineCpusRequest -> Empty;
+    set_network, "SetNetwork", NetworkRequest -> Empty;
     create_container, "CreateContainer", CreateContainerRequest -> CreateContainerResponse;
     start_container, "StartContainer", StartContainerRequest -> StartContainerResponse;
     delete_container, "DeleteContainer", ContainerRequest -> Empty;

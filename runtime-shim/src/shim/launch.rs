@@ -1,6 +1,7 @@
 //! From a plan to a running guest whose agent has answered.
 
 use super::agent::{Agent, CallError};
+use super::network::Attaching;
 use super::stdio::GuestEnds;
 use super::vm::{Ended, Vm, VmError};
 use crate::fds;
@@ -140,6 +141,7 @@ impl Sandbox {
     pub(super) async fn start(
         plan: &Plan,
         streams: FirstStreams,
+        network: Option<&Attaching>,
         launch: &Launch<'_>,
     ) -> Result<(Self, proto::Stdio), LaunchError> {
         let settings = launch.settings;
@@ -165,7 +167,7 @@ impl Sandbox {
             initrd: Some(initrd.as_raw_fd()),
             cmdline: plan.kernel_args.to_owned(),
             disks: disk_configs(plan, &disks, launch.discard),
-            nets: Vec::new(),
+            nets: network.map(Attaching::configs).unwrap_or_default(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
                 ports: ports
@@ -185,6 +187,7 @@ impl Sandbox {
             .into_iter()
             .chain(disks.iter().flatten())
             .chain(ports.iter().map(|(_, fd)| fd))
+            .chain(network.into_iter().flat_map(Attaching::descriptors))
             .map(AsFd::as_fd)
             .chain(launch.console)
             .collect();

@@ -8,6 +8,8 @@ mod container;
 mod health;
 mod launch;
 mod link;
+mod network;
+mod passt;
 mod process;
 mod recorder;
 mod serve;

@@ -4,6 +4,8 @@ use super::agent::CallError;
 use super::container::{Container, ContainerError, Create, Observer};
 use super::health;
 use super::launch::Launch;
+use super::network;
+use super::passt;
 use super::process::{Exit, Life, Process, Work};
 use super::recorder::Recorder;
 use super::stats;
@@ -77,9 +79,10 @@ fn code_of(error: &ContainerError) -> Code {
         ContainerError::Call(CallError::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         ContainerError::ExecExists(_) => Code::ALREADY_EXISTS,
-        ContainerError::Launch(_) | ContainerError::Call(_) | ContainerError::Vm(_) => {
-            Code::INTERNAL
-        }
+        ContainerError::Launch(_)
+        | ContainerError::Call(_)
+        | ContainerError::Vm(_)
+        | ContainerError::Network(_) => Code::INTERNAL,
     }
 }
 
@@ -188,7 +191,9 @@ impl Service {
             return Err(status(Code::FAILED_PRECONDITION, "it was never created"));
         };
         // The one of the last start is gone. What can't be rewritten grows a little.
-        let _ = self.journal.forget_processes(|role| role == VMM_ROLE);
+        let _ = self
+            .journal
+            .forget_processes(|role| [VMM_ROLE, passt::ROLE].contains(&role));
         update::settle(self.recorder.dir.path()).map_err(|error| {
             let text = format!("can't apply the limits that the container was given: {error}");
             status(Code::INTERNAL, text)
@@ -251,8 +256,13 @@ impl Service {
             shim_main: self.shim_main,
             observer: self.recorder.clone(),
         };
-        let container = Container::create(create).await.map_err(failed)?;
-        Ok(held.insert(container).clone())
+        match Container::create(create).await {
+            Ok(container) => Ok(held.insert(container).clone()),
+            Err(error) => {
+                network::release(&self.journal).await;
+                Err(failed(error))
+            }
+        }
     }
 }
 

@@ -16,6 +16,7 @@ pub use record::{Container, Meta, State, Status};
 use crate::events::{Event, Events, Kind};
 use crate::files::{self, gone_is_fine};
 use crate::journal::{self, Journal, Taken};
+use crate::network;
 use crate::restart::Policy;
 use crate::rpc::KILLED;
 use lock::{Lock, lock, new_lock, open_lock};
@@ -82,6 +83,14 @@ pub enum StateError {
         "container {0} is still being started or ended by another process after {1:?}; try again"
     )]
     Busy(String, Duration),
+    /// What a sandbox has of the network stays.
+    #[error("can't give back what container {id} has of the network")]
+    Network {
+        /// Whose it is.
+        id: String,
+        /// The cause.
+        source: network::ReleaseError,
+    },
     /// A kill didn't help.
     #[error("container {0} still runs {1:?} after its processes were killed")]
     Stuck(String, Duration),
@@ -426,9 +435,19 @@ impl SandboxDir {
             let path = self.path.join(name);
             gone_is_fine(std::fs::remove_file(&path)).map_err(io_error("remove", &path))?;
         }
+        self.release_network()?;
         self.journal()
             .forget_processes(|_| true)
             .map_err(io_error("write the journal in", &self.path))
+    }
+
+    /// Gives back what it has of the network, which a container that has ended needs no more.
+    fn release_network(&self) -> Result<(), StateError> {
+        network::release(&self.journal()).map_err(|source| {
+            let name = self.path.file_name().unwrap_or_default();
+            let id = name.to_string_lossy().into_owned();
+            StateError::Network { id, source }
+        })
     }
 
     /// Replaces the status.
@@ -471,7 +490,7 @@ impl SandboxDir {
                         ..status
                     })?;
                 }
-                Ok(())
+                self.release_network()
             }
             _ => self.remove(),
         }
@@ -481,6 +500,7 @@ impl SandboxDir {
     pub fn remove(&self) -> Result<(), StateError> {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
+        self.release_network()?;
         journal::delete_files(&taken).map_err(io_error(
             "delete the files that the journal names in",
             &self.path,

@@ -19,6 +19,7 @@ mod layers;
 mod lifecycle;
 mod limits;
 mod metadata;
+mod network;
 mod options;
 mod overview;
 mod process;
