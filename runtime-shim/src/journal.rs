@@ -46,6 +46,11 @@ pub enum Taken {
         /// Absolute path.
         path: PathBuf,
     },
+    /// A volume without a name that was made for the container, and goes with it if it is to.
+    Volume {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// A container's name: a file that holds its id, and another's once the name changed hands.
     Name {
         /// Absolute path.
@@ -169,7 +174,7 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
             Taken::Name { path, id } if std::fs::read(path).is_ok_and(|o| o == id.as_bytes()) => {
                 std::fs::remove_file(path)
             }
-            Taken::Name { .. } | Taken::Process { .. } => Ok(()),
+            Taken::Name { .. } | Taken::Process { .. } | Taken::Volume { .. } => Ok(()),
         })?;
     }
     Ok(())

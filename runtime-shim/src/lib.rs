@@ -21,3 +21,4 @@ pub mod shim;
 pub mod size;
 pub mod state;
 pub mod times;
+pub mod volume;

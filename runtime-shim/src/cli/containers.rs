@@ -1,7 +1,7 @@
 //! `ps`, `rm`, `inspect`.
 
 use super::args::{InspectArgs, Kind, PsArgs, RenameArgs, RmArgs};
-use super::{create, images, lifecycle, output};
+use super::{create, data, images, lifecycle, output};
 use crate::settings::Settings;
 use crate::state::{Container, DEFAULT_NAMESPACE, Meta, State, StateRoot, now_ns};
 use crate::times;
@@ -100,6 +100,7 @@ fn row(container: &Container, no_trunc: bool) -> Value {
         "Ports": "",
         "Names": meta.name,
         "Labels": labels.join(","),
+        "Mounts": data::names(&meta.mounts),
     })
 }
 
@@ -130,7 +131,7 @@ pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
 pub(super) async fn rm(settings: &Settings, args: &RmArgs) -> anyhow::Result<()> {
     lifecycle::for_each(settings, &args.containers, async |root, name| {
         let container = root.find(name)?;
-        root.remove(&container, args.force)?;
+        root.remove(&container, args.force, args.volumes)?;
         Ok(name.to_owned())
     })
     .await
@@ -175,6 +176,7 @@ fn inspected(container: &Container) -> Value {
             "StopSignal": meta.stop_signal,
             "StopTimeout": meta.stop_timeout,
         },
+        "Mounts": data::inspected(&meta.mounts),
         "RestartCount": status.restarts,
         "HostConfig": {
             "AutoRemove": meta.auto_remove,

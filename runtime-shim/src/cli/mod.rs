@@ -8,6 +8,7 @@ mod check;
 mod client;
 mod containers;
 mod create;
+mod data;
 mod detach_keys;
 mod docs;
 mod env;
@@ -18,6 +19,7 @@ mod initcalls;
 mod kernel_log;
 mod lifecycle;
 mod logs;
+mod mounts;
 mod outfile;
 mod output;
 mod progress;
@@ -30,6 +32,7 @@ mod streams;
 mod template;
 mod terminal;
 mod timing;
+mod volumes;
 
 use crate::settings::Settings;
 use anyhow::Context;
@@ -107,6 +110,7 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Prune(args) => done(images::prune(&settings, &args)),
         Command::Inspect(args) => done(containers::inspect(&settings, &args)),
         Command::Ps(args) => done(containers::ps(&settings, &args)),
+        Command::Volume(args) => done(volumes::volume(&settings, &args)),
         Command::Rm(args) => done(blocking(containers::rm(&settings, &args))),
         Command::Exec(args) => or_1(blocking_code(exec::exec(&settings, &args))),
         Command::Stop(args) => done(blocking(lifecycle::stop(&settings, &args))),

@@ -3,6 +3,7 @@
 //! A pure function: what it needs of the host comes in [`Given`].
 
 use super::args::{CreateArgs, TimingFormat};
+use super::data::Data;
 use super::{caps, env};
 use crate::plan::USER_ANNOTATION;
 use crate::shim::timing;
@@ -54,6 +55,8 @@ pub(super) struct Given<'a> {
     pub(super) console: Option<(u16, u16)>,
     /// The times of the start are wanted.
     pub(super) timing: Option<TimingFormat>,
+    /// Volumes and the like.
+    pub(super) data: &'a Data,
 }
 
 /// `--cpus` and `--memory` as the spec's resources.
@@ -188,6 +191,7 @@ fn mounts(args: &CreateArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
     for wish in &args.tmpfs {
         all.push(tmpfs(wish)?);
     }
+    given.data.mount(&mut all);
     Ok(all)
 }
 
@@ -326,6 +330,7 @@ mod tests {
             env: args.process.env.clone(),
             console: Some((24, 80)),
             timing: None,
+            data: &Data::default(),
         };
         let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;
         build(&args, &image(config), &resources, &given)

@@ -5,6 +5,7 @@
 
 mod agent;
 mod container;
+mod disks;
 mod launch;
 mod link;
 mod process;
@@ -17,4 +18,5 @@ pub mod timing;
 mod unattended;
 mod vm;
 
+pub use agent::FILL;
 pub use serve::{Serve, run};

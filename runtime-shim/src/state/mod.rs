@@ -11,11 +11,12 @@ mod lock;
 mod record;
 
 pub use lock::is_locked;
-pub use record::{Container, Meta, State, Status};
+pub use record::{Container, Meta, MountPoint, State, Status};
 
 use crate::files::{self, gone_is_fine};
 use crate::journal::{self, Journal, Taken};
 use crate::rpc::KILLED;
+use crate::volume::{self, VolumeError};
 use lock::{Lock, lock, new_lock, open_lock};
 use rustix::fs::{FlockOperation, OFlags};
 use serde::Serialize;
@@ -80,6 +81,9 @@ pub enum StateError {
         "container {0} is still being started or ended by another process after {1:?}; try again"
     )]
     Busy(String, Duration),
+    /// A volume that goes with a container can't be removed.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     /// A kill didn't help.
     #[error("container {0} still runs {1:?} after its processes were killed")]
     Stuck(String, Duration),
@@ -296,6 +300,15 @@ impl StateRoot {
         })
     }
 
+    /// The name of a container that was made with a volume, other than that of the directory `but`.
+    pub fn user_of_volume(&self, volume: &str, but: Option<&Path>) -> Option<String> {
+        let all = self.containers().unwrap_or_default();
+        let user = all
+            .into_iter()
+            .find(|c| c.meta.uses_volume(volume) && Some(c.dir.as_path()) != but);
+        user.map(|container| container.meta.name)
+    }
+
     /// The container of a name, an id or the unambiguous beginning of an id.
     pub fn find(&self, name_or_id: &str) -> Result<Container, StateError> {
         let all = self.containers()?;
@@ -340,8 +353,14 @@ impl StateRoot {
         }
     }
 
-    /// Removes a container and everything it holds. With `force`, a running one too.
-    pub fn remove(&self, container: &Container, force: bool) -> Result<(), StateError> {
+    /// Removes a container and everything it holds. With `force`, a running one too; with `volumes`, also those that
+    /// were made for it and have no name.
+    pub fn remove(
+        &self,
+        container: &Container,
+        force: bool,
+        volumes: bool,
+    ) -> Result<(), StateError> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let id = &container.meta.id;
         let deadline = Instant::now() + PATIENCE;
@@ -349,7 +368,11 @@ impl StateRoot {
             match lock(&container.dir)? {
                 Lock::Ours(lock) => {
                     let path = container.dir.clone();
-                    return SandboxDir { path, lock }.remove();
+                    let dir = SandboxDir { path, lock };
+                    if volumes {
+                        dir.remove_volumes(&dir.journal().read().unwrap_or_default())?;
+                    }
+                    return dir.remove();
                 }
                 Lock::Missing => return remove_all(&container.dir),
                 Lock::Theirs => {}
@@ -444,15 +467,45 @@ impl SandboxDir {
         }
     }
 
-    /// Gives everything back and removes the directory.
+    /// Gives everything back and removes the directory. Volumes without a name go with a container that is not
+    /// whole yet, or was to go away with its end; others' stay.
     pub fn remove(&self) -> Result<(), StateError> {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
+        if taken.iter().any(|t| matches!(t, Taken::Volume { .. })) {
+            let meta: Option<Meta> = read_json(&self.path, "meta.json");
+            let is_whole = self.path.join("status.json").exists();
+            if !is_whole || meta.is_some_and(|meta| meta.auto_remove) {
+                self.remove_volumes(&taken)?;
+            }
+        }
         journal::delete_files(&taken).map_err(io_error(
             "delete the files that the journal names in",
             &self.path,
         ))?;
         remove_all(&self.path)
+    }
+}
+
+impl SandboxDir {
+    /// Removes the volumes that were made for this container, unless others use them.
+    fn remove_volumes(&self, taken: &[Taken]) -> Result<(), StateError> {
+        let dirs: Vec<PathBuf> = taken
+            .iter()
+            .filter_map(|taken| match taken {
+                Taken::Volume { path } => Some(path.clone()),
+                _ => None,
+            })
+            .collect();
+        let Some(all) = self.path.parent().filter(|_| !dirs.is_empty()) else {
+            return Ok(());
+        };
+        let root = StateRoot {
+            dir: all.to_owned(),
+            fresh: false,
+        };
+        let needed_by = |volume: &str| root.user_of_volume(volume, Some(&self.path));
+        Ok(volume::remove_unused(&dirs, needed_by)?)
     }
 }
 
@@ -677,10 +730,42 @@ mod tests {
         let (_dir, root) = root();
         let sandbox = root.create(&meta("aaa", "a", false)).unwrap();
         let container = root.find("aaa").unwrap();
-        let refused = root.remove(&container, false);
+        let refused = root.remove(&container, false, false);
         assert!(matches!(refused, Err(StateError::Running(_))));
         drop(sandbox);
-        root.remove(&container, false).unwrap();
+        root.remove(&container, false, false).unwrap();
+    }
+
+    #[test]
+    fn volumes_without_a_name_go_with_a_container_that_goes_away() {
+        let (dir, root) = root();
+        let volumes = volume::Volumes::of(dir.path());
+        let with = |id: &str, auto_remove| {
+            let new = volume::New {
+                name: format!("volume-of-{id}"),
+                size: crate::scratch::MIN_SIZE,
+                ..Default::default()
+            };
+            let made = volumes.ensure(&new).unwrap();
+            let sandbox = root.create(&meta(id, id, auto_remove)).unwrap();
+            let path = made.dir.clone();
+            sandbox.journal().record(&Taken::Volume { path }).unwrap();
+            sandbox.write_status(&Status::default()).unwrap();
+            (sandbox, made.dir)
+        };
+        let (gone, its) = with("aaa", true);
+        gone.remove().unwrap();
+        assert!(!its.exists());
+        let (kept, its) = with("bbb", false);
+        drop(kept);
+        root.remove(&root.find("bbb").unwrap(), false, false)
+            .unwrap();
+        assert!(its.exists());
+        let (kept, its) = with("ccc", false);
+        drop(kept);
+        root.remove(&root.find("ccc").unwrap(), false, true)
+            .unwrap();
+        assert!(!its.exists());
     }
 
     #[test]

@@ -23,3 +23,4 @@ mod signals;
 mod stdio;
 mod tty;
 mod unprivileged;
+mod volumes;
