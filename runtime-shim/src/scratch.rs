@@ -1,9 +1,9 @@
-//! The private, writable disk of a container.
+//! Disks with an empty file system: the private, writable one of a container, and volumes.
 //!
-//! A file system is made once per size, sparse and without a journal, and kept
-//! as a template; each container gets a copy that shares its blocks with the
-//! template where the host's file system can, and is sparse anyway. The file's
-//! length is the hard limit of what the container can write.
+//! A file system is made once per kind and size, sparse, and kept as a template;
+//! each disk is a copy that shares its blocks with the template where the host's
+//! file system can, and is sparse anyway. The file's length is the hard limit of
+//! what can be written to it.
 
 use rustix::fs::{FlockOperation, Mode, OFlags, SeekFrom};
 use std::io;
@@ -15,21 +15,21 @@ use std::process::{Command, Stdio};
 pub const MIN_SIZE: u64 = 16 << 20;
 /// Beyond, 4 KiB blocks would want the 64-bit layout.
 pub const MAX_SIZE: u64 = 16 << 40;
-/// Part of a template's name: change it when `FORMAT` changes.
-const FORMAT_VERSION: u32 = 1;
-/// No journal: a scratch disk needs no crash consistency. No resize inode, no reserved blocks and
-/// lazily initialised tables keep the template to a few hundred KiB, whatever its size.
+/// What a disk is for, and so what its file system can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A container's writable layer: without a journal, as it needs no crash consistency.
+    Scratch,
+    /// A volume: with a journal and checksums, as it outlives crashes.
+    Volume,
+}
+
+/// Of every disk: no resize inode, no reserved blocks and lazily initialised tables keep the template to a few
+/// hundred KiB, whatever its size.
 const FORMAT: &[&str] = &[
-    "-q",
-    "-F",
-    "-t",
-    "ext4",
-    "-b",
-    "4096",
-    "-m",
-    "0",
-    "-I",
-    "256",
+    "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-I", "256",
+];
+const SCRATCH_FORMAT: &[&str] = &[
     "-L",
     "casemate-scratch",
     "-O",
@@ -39,6 +39,54 @@ const FORMAT: &[&str] = &[
     "-U",
     "6a5e6a7e-0000-4000-8000-000000000001",
 ];
+const VOLUME_FORMAT: &[&str] = &[
+    "-L",
+    "casemate-volume",
+    "-O",
+    "has_journal,^resize_inode,flex_bg,metadata_csum,extent,sparse_super",
+    "-E",
+    "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0,packed_meta_blocks=1",
+    // After an error of the file system nothing more is written to it.
+    "-e",
+    "remount-ro",
+    "-U",
+    "6a5e6a7e-0000-4000-8000-000000000002",
+];
+
+impl Kind {
+    /// Part of a template's name: the number changes with the format.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Scratch => "scratch-v1",
+            Self::Volume => "volume-v1",
+        }
+    }
+
+    fn format(self, size: u64) -> Vec<String> {
+        let own = match self {
+            Self::Scratch => SCRATCH_FORMAT,
+            Self::Volume => VOLUME_FORMAT,
+        };
+        let mut all: Vec<String> = FORMAT.iter().chain(own).map(|o| (*o).to_owned()).collect();
+        if self == Self::Volume {
+            all.extend(["-J".to_owned(), format!("size={}", journal_mib(size))]);
+        }
+        all
+    }
+
+    /// The directories that it begins with.
+    fn directories(self) -> &'static [&'static str] {
+        match self {
+            Self::Scratch => &["upper", "work"],
+            Self::Volume => &["data"],
+        }
+    }
+}
+
+/// All of a journal is written to in time, so it is small beside the data: 4 MiB is the least that ext4 takes.
+fn journal_mib(size: u64) -> u64 {
+    (size >> 26).clamp(4, 32)
+}
 
 /// How the directory of a template in the making begins.
 const UNFINISHED: &str = ".new-";
@@ -95,29 +143,32 @@ pub fn checked_size(size: u64) -> Result<u64, ScratchError> {
     }
 }
 
-/// Makes `target`, a fresh scratch disk of `size` bytes.
-pub fn create(data_dir: &Path, size: u64, target: &Path) -> Result<(), ScratchError> {
-    let size = checked_size(size)?;
-    let template_path = template(data_dir, size)?;
-    let template = rustix::fs::open(
-        &template_path,
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|e| io_error("open", &template_path)(e.into()))?;
+/// Makes `target`, a fresh disk of `size` bytes.
+pub fn create(kind: Kind, data_dir: &Path, size: u64, target: &Path) -> Result<(), ScratchError> {
+    let template = template(kind, data_dir, checked_size(size)?)?;
+    copy(&template, target)
+}
+
+/// Makes `target`, a copy of the disk `from` that shares its blocks where the file system can, and has its holes.
+pub fn copy(from: &Path, target: &Path) -> Result<(), ScratchError> {
+    let original = rustix::fs::open(from, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| io_error("open", from)(e.into()))?;
+    let size = rustix::fs::fstat(&original)
+        .map_err(|e| io_error("look at", from)(e.into()))?
+        .st_size as u64;
     if let Some(parent) = target.parent() {
         std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
     }
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let copy = rustix::fs::open(target, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|e| io_error("create", target)(e.into()))?;
-    let copied = match rustix::fs::ioctl_ficlone(&copy, &template) {
+    let copied = match rustix::fs::ioctl_ficlone(&copy, &original) {
         Ok(()) => Ok(()),
-        Err(_) => copy_sparse(&template, &copy, size),
+        Err(_) => copy_sparse(&original, &copy, size),
     };
     copied.map_err(|e| {
         let _ = std::fs::remove_file(target);
-        io_error("copy the scratch template to", target)(e)
+        io_error("copy a disk to", target)(e)
     })
 }
 
@@ -171,9 +222,9 @@ fn copy_by_hand(from: &OwnedFd, to: &OwnedFd, start: u64, end: u64) -> io::Resul
 }
 
 /// The template of a size, made now if it isn't there.
-fn template(data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
+fn template(kind: Kind, data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
     let dir = data_dir.join("templates");
-    let path = dir.join(format!("scratch-{size}-v{FORMAT_VERSION}.img"));
+    let path = dir.join(format!("{}-{size}.img", kind.label()));
     if path.exists() {
         return Ok(path);
     }
@@ -190,7 +241,7 @@ fn template(data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
     }
     remove_unfinished(&dir);
     let work = dir.join(format!("{UNFINISHED}{size}"));
-    let made = make_template(&work, size, &path);
+    let made = make_template(kind, &work, size, &path);
     let _ = std::fs::remove_dir_all(&work);
     made.map(|()| path)
 }
@@ -209,9 +260,9 @@ fn remove_unfinished(dir: &Path) {
     }
 }
 
-fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError> {
+fn make_template(kind: Kind, work: &Path, size: u64, path: &Path) -> Result<(), ScratchError> {
     let tree = work.join("tree");
-    for name in ["upper", "work"] {
+    for name in kind.directories() {
         let dir = tree.join(name);
         std::fs::create_dir_all(&dir).map_err(io_error("create directory", &dir))?;
     }
@@ -219,7 +270,7 @@ fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError
     let file = std::fs::File::create(&image).map_err(io_error("create", &image))?;
     file.set_len(size).map_err(io_error("create", &image))?;
     let output = mke2fs(&search_path())
-        .args(FORMAT)
+        .args(kind.format(size))
         .arg("-d")
         .arg(&tree)
         .arg(&image)
@@ -303,7 +354,7 @@ mod tests {
     fn create_makes_a_sparse_clean_file_system() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("scratch/one.img");
-        create(dir.path(), 1 << 30, &target).unwrap();
+        create(Kind::Scratch, dir.path(), 1 << 30, &target).unwrap();
         let meta = std::fs::metadata(&target).unwrap();
         assert_eq!(meta.len(), 1 << 30);
         assert!(meta.blocks() * 512 < 4 << 20, "{} blocks", meta.blocks());
@@ -321,7 +372,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let left = dir.path().join("templates/.new-4096-77/tree");
         std::fs::create_dir_all(&left).unwrap();
-        create(dir.path(), MIN_SIZE, &dir.path().join("one.img")).unwrap();
+        create(
+            Kind::Scratch,
+            dir.path(),
+            MIN_SIZE,
+            &dir.path().join("one.img"),
+        )
+        .unwrap();
         assert!(!left.parent().unwrap().exists());
     }
 
@@ -330,7 +387,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("one.img");
         std::fs::write(&target, "mine").unwrap();
-        assert!(create(dir.path(), MIN_SIZE, &target).is_err());
+        assert!(create(Kind::Scratch, dir.path(), MIN_SIZE, &target).is_err());
         assert_eq!(std::fs::read(&target).unwrap(), b"mine");
     }
 

@@ -92,7 +92,7 @@ fn parse(text: &str) -> Option<Rule> {
         Some(ports) => {
             let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
             let range = (number(first)?, number(last)?);
-            Some(range).filter(|(first, last)| first <= last)
+            Some(Some(range).filter(|(first, last)| first <= last)?)
         }
     };
     if text.ends_with(':') {
