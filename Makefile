@@ -42,7 +42,7 @@ binaries: setup
 	@mkdir -p $(BIN) $(LIBEXEC) $(SHARE)
 	@$(GUEST) -p casemate-agent
 	@$(STATIC) -p casemate-vmm --bin casemate-vmm
-	@$(STATIC) -p casemate --bin containerd-shim-casemate-v2
+	@$(STATIC) -p casemate --no-default-features --bin containerd-shim-casemate-v2
 	@cargo build --locked --quiet --release -p casemate --bin casemate
 	@install -m 755 target/static/$(TRIPLE)/release/casemate-vmm $(LIBEXEC)/
 	@install -m 755 target/static/$(TRIPLE)/release/containerd-shim-casemate-v2 target/release/casemate $(BIN)/
