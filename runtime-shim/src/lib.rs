@@ -7,8 +7,10 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod events;
 pub mod fds;
 pub mod files;
+pub mod health;
 pub mod journal;
 pub mod log;
 pub mod network;
@@ -22,3 +24,4 @@ pub mod shim;
 pub mod size;
 pub mod state;
 pub mod times;
+pub mod update;

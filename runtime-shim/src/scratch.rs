@@ -289,6 +289,11 @@ pub fn dir_of(data_dir: &Path, state_dir: &Path) -> PathBuf {
     data_dir.join("scratch").join(format!("{hash:016x}"))
 }
 
+/// The writable layer of the container `id`.
+pub fn file_of(data_dir: &Path, state_dir: &Path, id: &str) -> PathBuf {
+    dir_of(data_dir, state_dir).join(format!("{id}.img"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

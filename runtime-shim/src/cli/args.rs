@@ -1,6 +1,14 @@
 //! The command line's grammar. Names and meanings are Docker's where Docker has them.
 
+use super::commit::CommitArgs;
+use super::cp::CpArgs;
+use super::diff::DiffArgs;
+use super::events::EventsArgs;
+use super::health::HealthArgs;
 use super::network_args::{NetworkArgs, NetworkCommand};
+use super::system::SystemCommand;
+use super::top::TopArgs;
+use super::update::UpdateArgs;
 use crate::restart::Policy;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -34,8 +42,20 @@ pub(super) enum Command {
     Logs(LogsArgs),
     /// Take part in a running container: see its output, give it input
     Attach(AttachArgs),
+    /// Copy files into a container or out of it
+    Cp(CpArgs),
+    /// Show what a container changed of its image
+    Diff(DiffArgs),
+    /// Make an image of what a container changed
+    Commit(CommitArgs),
+    /// Show the processes of a container
+    Top(TopArgs),
     /// Show what running containers use
     Stats(StatsArgs),
+    /// Show what happens to containers and images, as it happens
+    Events(EventsArgs),
+    /// Change the limits of containers
+    Update(UpdateArgs),
     /// Give a container another name
     Rename(RenameArgs),
     /// Fetch an image from a registry
@@ -77,6 +97,11 @@ pub(super) enum Command {
     /// Manage networks
     #[command(subcommand)]
     Network(NetworkCommand),
+    /// Look at the whole of it, and remove what nothing needs
+    #[command(subcommand)]
+    System(SystemCommand),
+    /// Show the host, the installation and what is there
+    Info(FormatArgs),
     /// Show the version
     Version(FormatArgs),
     /// Print a shell's completion script
@@ -115,7 +140,7 @@ pub(super) enum TimingFormat {
 }
 
 /// What a process gets, the container's first or a later one.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(super) struct ProcessArgs {
     /// Keep standard input open
     #[arg(short, long)]
@@ -228,6 +253,9 @@ pub(super) struct CreateArgs {
     /// Its network.
     #[command(flatten)]
     pub(super) network: NetworkArgs,
+    /// What tells whether it is well.
+    #[command(flatten)]
+    pub(super) health: HealthArgs,
     /// The image
     pub(super) image: String,
     /// The command and its arguments
@@ -471,6 +499,15 @@ pub(super) struct PsArgs {
     /// Don't shorten ids and commands
     #[arg(long)]
     pub(super) no_trunc: bool,
+    /// Only those with: id, name, label, status, ancestor, exited, health, before or since
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(super) filter: Vec<String>,
+    /// Only the last so many, whatever they do
+    #[arg(short = 'n', long, value_name = "NUMBER")]
+    pub(super) last: Option<usize>,
+    /// Only the last one, whatever it does
+    #[arg(short, long, conflicts_with = "last")]
+    pub(super) latest: bool,
 }
 
 /// `casemate rm`

@@ -2,7 +2,7 @@
 
 use super::args::{CreateArgs, LogDriver, TimingFormat};
 use super::run::Failure;
-use super::{containers, env, images, network_options, output, signals, spec, terminal};
+use super::{containers, env, health, images, network_options, output, signals, spec, terminal};
 use crate::journal::Taken;
 use crate::log;
 use crate::plan::{self, Host};
@@ -87,9 +87,12 @@ pub(super) async fn make(
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
-    let meta = meta(args, &image, &id, &spec, labels, log);
-    let dir = root.create(&meta)?;
     let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
+    let meta = Meta {
+        health: health::check(&args.health, &image)?,
+        ..meta(args, &image, &id, &spec, labels, log)
+    };
+    let dir = root.create(&meta)?;
     let filled = write_bundle(dir.path(), &spec, &hostname, files)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
         .and_then(|()| make_log(settings, &meta, &dir))
@@ -99,6 +102,7 @@ pub(super) async fn make(
         let _ = dir.remove();
         return Err(error);
     }
+    root.tell(&meta, "create", []);
     Ok(Made { meta, dir, rootfs })
 }
 
@@ -270,6 +274,7 @@ fn meta(
         interactive: args.process.interactive,
         tty: args.process.tty,
         read_only: args.read_only,
+        health: None,
         labels: image_labels
             .unwrap_or_default()
             .into_iter()
@@ -298,7 +303,7 @@ fn write_bundle(
 
 /// Where a container's writable layer is.
 pub(super) fn scratch_file(settings: &Settings, id: &str) -> PathBuf {
-    scratch::dir_of(&settings.data_dir, &settings.state_dir).join(format!("{id}.img"))
+    scratch::file_of(&settings.data_dir, &settings.state_dir, id)
 }
 
 fn make_scratch(

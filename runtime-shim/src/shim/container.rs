@@ -3,7 +3,7 @@
 use super::agent::CallError;
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
 use super::network::{self, Attaching, Kept, NetworkFailure};
-use super::process::{Exit, Life, Process};
+use super::process::{Exit, Life, Process, Work};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
@@ -148,7 +148,7 @@ impl Container {
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
         let mut request = create_request(&id, &plan)?;
         let (streams, ends) = Streams::open(&paths, log)?;
-        let init = Arc::new(Process::new(String::new(), paths, Vec::new()));
+        let init = Arc::new(Process::new(String::new(), paths, Work::First));
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
 
@@ -277,7 +277,7 @@ impl Container {
         &self,
         exec_id: &str,
         paths: Paths,
-        spec: Vec<u8>,
+        work: Work,
     ) -> Result<(), ContainerError> {
         let mut execs = self.execs();
         if execs.contains_key(exec_id) {
@@ -286,7 +286,7 @@ impl Container {
         if execs.len() >= MAX_EXECS {
             return Err(ContainerError::TooManyExecs);
         }
-        let process = Process::new(exec_id.to_owned(), paths, spec);
+        let process = Process::new(exec_id.to_owned(), paths, work);
         execs.insert(exec_id.to_owned(), Arc::new(process));
         Ok(())
     }
@@ -299,16 +299,22 @@ impl Container {
         let (streams, ends) = Streams::open(&process.paths, None)?;
         process.set_streams(streams);
         let mut stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
-        let Hints { user, rows, cols } = Hints::of(&process.spec);
-        (stdio.rows, stdio.cols) = (rows, cols);
-        let request = proto::ExecRequest {
+        let mut request = proto::ExecRequest {
             id: self.id.clone(),
             exec_id: process.exec_id.clone(),
-            process_json: process.spec.clone(),
-            user,
-            stdio: Some(stdio).into(),
             ..Default::default()
         };
+        match &process.work {
+            Work::Execute(spec) => {
+                let Hints { user, rows, cols } = Hints::of(spec);
+                (stdio.rows, stdio.cols) = (rows, cols);
+                request.user = user;
+                request.process_json = spec.clone();
+            }
+            Work::Tool(tool) => request.tool_json = tool.clone(),
+            Work::First => {}
+        }
+        request.stdio = Some(stdio).into();
         let answer = match self.sandbox.agent.exec(&request).await {
             Ok(answer) => answer,
             Err(error) => {

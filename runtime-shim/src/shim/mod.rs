@@ -5,6 +5,7 @@
 
 mod agent;
 mod container;
+mod health;
 mod launch;
 mod link;
 mod network;

@@ -13,9 +13,11 @@ mod record;
 pub use lock::is_locked;
 pub use record::{Container, Meta, State, Status};
 
+use crate::events::{Event, Events, Kind};
 use crate::files::{self, gone_is_fine};
 use crate::journal::{self, Journal, Taken};
 use crate::network;
+use crate::restart::Policy;
 use crate::rpc::KILLED;
 use lock::{Lock, lock, new_lock, open_lock};
 use rustix::fs::{FlockOperation, OFlags};
@@ -159,6 +161,25 @@ impl StateRoot {
             make_private_dir(&dir.join(NAMES))?;
         }
         Ok(Self { dir, fresh })
+    }
+
+    /// The namespace's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Changes what happens when a container ends.
+    pub fn set_restart(&self, container: &Container, restart: Policy) -> Result<(), StateError> {
+        let meta = Meta {
+            restart,
+            ..container.meta.clone()
+        };
+        write_json(&container.dir, "meta.json", &meta)
+    }
+
+    /// Tells what happened to a container.
+    pub fn tell<const N: usize>(&self, meta: &Meta, action: &str, more: [(&str, String); N]) {
+        tell(&self.dir, meta, action, more);
     }
 
     /// Where a sandbox's directory is or would be.
@@ -434,6 +455,18 @@ impl SandboxDir {
         write_json(&self.path, "status.json", status)
     }
 
+    /// What it is; `None` for a sandbox that is not the command line's.
+    pub fn meta(&self) -> Option<Meta> {
+        read_json(&self.path, "meta.json")
+    }
+
+    /// Tells what happened to it.
+    pub fn tell<const N: usize>(&self, action: &str, more: [(&str, String); N]) {
+        if let (Some(meta), Some(namespace)) = (self.meta(), self.path.parent()) {
+            tell(namespace, &meta, action, more);
+        }
+    }
+
     /// The last status written.
     pub fn status(&self) -> Status {
         read_json(&self.path, "status.json").unwrap_or_default()
@@ -472,8 +505,18 @@ impl SandboxDir {
             "delete the files that the journal names in",
             &self.path,
         ))?;
+        self.tell("destroy", []);
         remove_all(&self.path)
     }
+}
+
+fn tell<const N: usize>(namespace: &Path, meta: &Meta, action: &str, more: [(&str, String); N]) {
+    let mut event = Event::now(Kind::Container, action, &meta.id, more);
+    let attributes = &mut event.actor.attributes;
+    attributes.extend(meta.labels.clone());
+    attributes.insert("image".into(), meta.image.clone());
+    attributes.insert("name".into(), meta.name.clone());
+    Events::of(namespace).tell(&event);
 }
 
 /// Beside `dir`, and nobody's but this process's.
