@@ -42,6 +42,19 @@ pub struct Policy {
     pub allow: Vec<Rule>,
 }
 
+impl Policy {
+    /// Whether an exception lets it send there.
+    pub fn allows(&self, ip: IpAddr, port: u16, protocol: &str) -> bool {
+        self.allow.iter().any(|rule| {
+            rule.contains(ip)
+                && rule
+                    .ports
+                    .is_none_or(|(first, last)| (first..=last).contains(&port))
+                && rule.protocol.as_ref().is_none_or(|p| p == protocol)
+        })
+    }
+}
+
 /// An exception.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
@@ -92,7 +105,7 @@ fn parse(text: &str) -> Option<Rule> {
         Some(ports) => {
             let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
             let range = (number(first)?, number(last)?);
-            Some(range).filter(|(first, last)| first <= last)
+            Some(Some(range).filter(|(first, last)| first <= last)?)
         }
     };
     if text.ends_with(':') {
@@ -128,6 +141,21 @@ impl fmt::Display for Rule {
 }
 
 impl Rule {
+    fn contains(&self, ip: IpAddr) -> bool {
+        let prefix = u32::from(self.network.1);
+        match (self.network.0, ip) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => {
+                let behind = u32::MAX.checked_shr(prefix).unwrap_or(0);
+                (a.to_bits() ^ b.to_bits()) & !behind == 0
+            }
+            (IpAddr::V6(a), IpAddr::V6(b)) => {
+                let behind = u128::MAX.checked_shr(prefix).unwrap_or(0);
+                (a.to_bits() ^ b.to_bits()) & !behind == 0
+            }
+            _ => false,
+        }
+    }
+
     /// As iptables takes it.
     fn lines(&self) -> String {
         let (ip, prefix) = self.network;
@@ -308,6 +336,21 @@ mod tests {
         ] {
             assert!(text.parse::<Rule>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn policy_allows_what_its_rules_name() {
+        let policy = Policy {
+            deny: true,
+            allow: vec![
+                "10.0.0.0/8:53/udp".parse().unwrap(),
+                "fd00::/8".parse().unwrap(),
+            ],
+        };
+        let allows = |ip: &str, port, protocol| policy.allows(ip.parse().unwrap(), port, protocol);
+        assert!(allows("10.9.9.9", 53, "udp") && allows("fd12::1", 1, "tcp"));
+        assert!(!allows("10.9.9.9", 53, "tcp") && !allows("11.0.0.1", 53, "udp"));
+        assert!(!allows("10.9.9.9", 54, "udp") && !allows("fe00::1", 1, "tcp"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod container;
 mod health;
 mod launch;
 mod link;
+mod names;
 mod network;
 mod passt;
 mod process;

@@ -229,7 +229,7 @@ fn names_and_addresses_are_as_wished() {
         "10.77.5.77\tbox\n",
         "10.0.0.9\tdb\n",
         "10.77.5.1\thost\n",
-        "nameserver 10.77.5.1\n",
+        "nameserver 127.0.0.11\n",
         "search a.example\n",
         "inet 10.77.5.77/24",
         "02:00:00:00:77:77",
@@ -488,5 +488,40 @@ fn policy_holds_for_a_user() {
         .of_user(65_534);
     let (server, metadata) = (Server::at("192.0.2.2"), Server::at("169.254.169.254"));
     keeps_to_its_policy(&host, &server, &metadata, "192.0.2.2:18080");
+    host.is_clean();
+}
+
+#[test]
+fn containers_find_each_other_by_name() {
+    let _alone = alone();
+    let host = networked();
+    serve(&host, "web", &["--network-alias", "www"]);
+    let ip = address(&host, "web");
+    let lookup = |name: &str| {
+        let script = format!("cat /etc/resolv.conf; nslookup -type=a {name}");
+        host.run(["busybox", "sh", "-c", &script]).text()
+    };
+    for name in ["web", "www", "WEB.bridge"] {
+        let said = lookup(name);
+        assert!(said.contains(&format!("Address: {ip}")), "{name}: {said}");
+    }
+    // One that comes later is found by one that is there.
+    let long = ["run", "-d", "--name", "late", "busybox", "sleep", "1000"];
+    host.casemate(long).succeeds();
+    host.casemate(["exec", "web", "nslookup", "-type=a", "late"])
+        .succeeds()
+        .mentions(&address(&host, "late"));
+    host.casemate(["network", "create", "other"]).succeeds();
+    let said = host.run([
+        "--network",
+        "other",
+        "busybox",
+        "nslookup",
+        "-type=a",
+        "web",
+    ]);
+    assert!(!said.text().contains(&ip), "{}", said.text());
+    host.casemate(["rm", "-f", "web", "late"]).succeeds();
+    host.casemate(["network", "rm", "other"]).succeeds();
     host.is_clean();
 }
