@@ -29,6 +29,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_BR_AGEING_TIME: u16 = 4;
 const IFLA_BR_MCAST_SNOOPING: u16 = 23;
 const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
@@ -267,6 +268,9 @@ fn restore(program: &str, rules: &str) -> io::Result<()> {
 pub fn join(socket: &Socket, tap: &Interface, interface: &Interface, name: &str) -> io::Result<()> {
     let (mut data, mut info) = (Vec::new(), Vec::new());
     attribute(&mut data, IFLA_BR_MCAST_SNOOPING, &[0]);
+    // It learns nothing: what comes into one port goes out of the other. A network that sends frames back to where
+    // they came from (hairpin) would teach it that the guest is outside.
+    attribute(&mut data, IFLA_BR_AGEING_TIME, &[0; 4]);
     attribute(&mut info, IFLA_INFO_KIND, b"bridge\0");
     attribute(&mut info, IFLA_INFO_DATA, &data);
     let bridge = Request::new(kind::NEWLINK, flag::CREATE | flag::EXCL, &link(0, 0, 0))
