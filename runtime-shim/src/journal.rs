@@ -47,6 +47,11 @@ pub enum Taken {
         /// Absolute path.
         path: PathBuf,
     },
+    /// A volume without a name that was made for the container, and goes with it if it is to.
+    Volume {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// A container's name: a file that holds its id, and another's once the name changed hands.
     Name {
         /// Absolute path.
@@ -197,6 +202,7 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
             }
             Taken::Name { .. }
             | Taken::Process { .. }
+            | Taken::Volume { .. }
             | Taken::Netns { .. }
             | Taken::Attachment { .. } => Ok(()),
         })?;

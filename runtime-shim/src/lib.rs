@@ -25,3 +25,4 @@ pub mod size;
 pub mod state;
 pub mod times;
 pub mod update;
+pub mod volume;

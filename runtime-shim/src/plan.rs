@@ -3,12 +3,16 @@
 //! [`plan`] is a pure function: it opens nothing and asks the host nothing.
 //! It is the only place that decides sizes, disks and mount points.
 
+mod outside;
+
+pub use outside::COPY_UP;
+
 use crate::shim::timing;
 use crate::size::MIB;
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 /// Holds the user as an image's config names it: "name|uid[:group|gid]".
 pub const USER_ANNOTATION: &str = "io.casemate.user";
@@ -75,6 +79,8 @@ pub struct Disk {
     pub files: Vec<PathBuf>,
     /// Whether the guest may write.
     pub read_only: bool,
+    /// It outlives the container: it is locked, and what is written to it is kept.
+    pub volume: bool,
 }
 
 /// A small file of the host whose content the guest gets in place of a bind mount.
@@ -109,6 +115,13 @@ pub struct Plan {
     pub kernel_args: &'static str,
     /// The network namespace whose interfaces the guest gets; `None`: it has no network.
     pub netns: Option<PathBuf>,
+}
+
+impl Plan {
+    /// Whether something that the container writes outlives it.
+    pub fn is_lasting(&self) -> bool {
+        self.disks.iter().any(|disk| disk.volume && !disk.read_only)
+    }
 }
 
 /// Why a spec can't be run.
@@ -187,6 +200,19 @@ pub enum PlanError {
         /// On the host.
         source_path: PathBuf,
     },
+    /// A volume that isn't a disk's image.
+    #[error(
+        "mount {destination:?}: {source_path:?} is not the absolute path of a file system's image"
+    )]
+    Volume {
+        /// In the container.
+        destination: PathBuf,
+        /// On the host.
+        source_path: PathBuf,
+    },
+    /// Too many volumes.
+    #[error("at most {0} volumes fit into this sandbox")]
+    Disks(usize),
     /// A source that is no absolute path.
     #[error("rootfs mount {index}: {source_path:?} is not an absolute path")]
     Source {
@@ -208,12 +234,14 @@ pub fn plan(
     host: Host,
     defaults: Defaults,
 ) -> Result<Plan, PlanError> {
-    let (disks, mounts) = storage(id, rootfs)?;
-    let (guest_spec, files) = guest_spec(id, bundle, spec)?;
+    let (mut disks, mut mounts) = storage(id, rootfs)?;
     let root = mounts
         .last()
         .map(|m| m.target.clone())
         .ok_or(PlanError::MountCount(0))?;
+    let outside = outside::outside(id, bundle, spec, disks.len())?;
+    disks.extend(outside.disks);
+    mounts.extend(outside.mounts);
     let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
     Ok(Plan {
         memory_mib,
@@ -221,8 +249,8 @@ pub fn plan(
         disks,
         mounts,
         rootfs: root,
-        guest_spec,
-        files,
+        guest_spec: outside.spec,
+        files: outside.files,
         user: annotation(spec, USER_ANNOTATION)
             .unwrap_or_default()
             .to_owned(),
@@ -263,37 +291,6 @@ pub fn sizes(spec: &Spec, host: Host, defaults: Defaults) -> Result<(u32, u8), P
 /// An annotation's value.
 pub fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(key).map(String::as_str)
-}
-
-/// The spec without what only the host could apply, and the files that stand for its bind mounts.
-fn guest_spec(id: &str, bundle: &Path, spec: &Spec) -> Result<(Spec, Vec<CopiedFile>), PlanError> {
-    let mut guest = spec.clone();
-    let mut files = Vec::new();
-    let mut mounts = spec.mounts().clone().unwrap_or_default();
-    for (index, mount) in mounts.iter_mut().enumerate() {
-        let options = mount.options().as_deref().unwrap_or_default();
-        let binds = mount.typ().as_deref() == Some("bind")
-            || options.iter().any(|o| o == "bind" || o == "rbind");
-        if !binds {
-            continue;
-        }
-        let source = mount.source().clone().unwrap_or_default();
-        let in_bundle = source
-            .strip_prefix(bundle)
-            .is_ok_and(|rest| rest.components().all(|c| matches!(c, Component::Normal(_))));
-        if !in_bundle {
-            return Err(PlanError::Bind {
-                destination: mount.destination().clone(),
-                source_path: source,
-            });
-        }
-        let target = file_target(id, index);
-        mount.set_source(Some(target.clone().into()));
-        files.push(CopiedFile { source, target });
-    }
-    guest.set_mounts(Some(mounts));
-    without_netns(&mut guest);
-    Ok((guest, files))
 }
 
 /// Where the guest has the file that stands for the spec's bind mount of that number.
@@ -427,6 +424,7 @@ fn disk(index: usize, mount: &RootfsMount, position: usize) -> Result<Disk, Plan
         id: format!("{}{position}", mount.kind),
         files,
         read_only: mount.kind == "erofs" || asks_read_only,
+        volume: false,
     })
 }
 

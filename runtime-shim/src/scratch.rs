@@ -1,13 +1,14 @@
-//! The private, writable disk of a container.
+//! Disks with an empty file system: the private, writable one of a container, and volumes.
 //!
-//! A file system is made once per size, sparse and without a journal, and kept
-//! as a template; each container gets a copy that shares its blocks with the
-//! template where the host's file system can, and is sparse anyway. The file's
-//! length is the hard limit of what the container can write.
+//! A file system is made once per kind and size, and what is not zero of it is kept
+//! as a template: some hundred KiB, written to each disk at their places. All else
+//! of the file is a hole, on any file system of the host. The file's length is the
+//! hard limit of what can be written to it.
 
-use rustix::fs::{FlockOperation, Mode, OFlags, SeekFrom};
+use crate::fds;
+use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, SeekFrom};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -15,21 +16,21 @@ use std::process::{Command, Stdio};
 pub const MIN_SIZE: u64 = 16 << 20;
 /// Beyond, 4 KiB blocks would want the 64-bit layout.
 pub const MAX_SIZE: u64 = 16 << 40;
-/// Part of a template's name: change it when `FORMAT` changes.
-const FORMAT_VERSION: u32 = 1;
-/// No journal: a scratch disk needs no crash consistency. No resize inode, no reserved blocks and
-/// lazily initialised tables keep the template to a few hundred KiB, whatever its size.
+/// What a disk is for, and so what its file system can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A container's writable layer: without a journal, as it needs no crash consistency.
+    Scratch,
+    /// A volume: with a journal and checksums, as it outlives crashes.
+    Volume,
+}
+
+/// Of every disk: no resize inode, no reserved blocks and lazily initialised tables keep the template to a few
+/// hundred KiB, whatever its size.
 const FORMAT: &[&str] = &[
-    "-q",
-    "-F",
-    "-t",
-    "ext4",
-    "-b",
-    "4096",
-    "-m",
-    "0",
-    "-I",
-    "256",
+    "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-I", "256",
+];
+const SCRATCH_FORMAT: &[&str] = &[
     "-L",
     "casemate-scratch",
     "-O",
@@ -39,7 +40,57 @@ const FORMAT: &[&str] = &[
     "-U",
     "6a5e6a7e-0000-4000-8000-000000000001",
 ];
+const VOLUME_FORMAT: &[&str] = &[
+    "-L",
+    "casemate-volume",
+    "-O",
+    "has_journal,^resize_inode,flex_bg,metadata_csum,extent,sparse_super",
+    "-E",
+    "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0,packed_meta_blocks=1",
+    // After an error of the file system nothing more is written to it.
+    "-e",
+    "remount-ro",
+    "-U",
+    "6a5e6a7e-0000-4000-8000-000000000002",
+];
 
+impl Kind {
+    /// Part of a template's name: the number changes with the format.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Scratch => "scratch-v2",
+            Self::Volume => "volume-v2",
+        }
+    }
+
+    fn format(self, size: u64) -> Vec<String> {
+        let own = match self {
+            Self::Scratch => SCRATCH_FORMAT,
+            Self::Volume => VOLUME_FORMAT,
+        };
+        let mut all: Vec<String> = FORMAT.iter().chain(own).map(|o| (*o).to_owned()).collect();
+        if self == Self::Volume {
+            all.extend(["-J".to_owned(), format!("size={}", journal_mib(size))]);
+        }
+        all
+    }
+
+    /// The directories that it begins with.
+    fn directories(self) -> &'static [&'static str] {
+        match self {
+            Self::Scratch => &["upper", "work"],
+            Self::Volume => &["data"],
+        }
+    }
+}
+
+/// All of a journal is written to in time, so it is small beside the data: 4 MiB is the least that ext4 takes.
+fn journal_mib(size: u64) -> u64 {
+    (size >> 26).clamp(4, 32)
+}
+
+/// No template is larger: superblocks, bitmaps and the first tables of a disk of 16 TiB.
+const MAX_TEMPLATE: u64 = 256 << 20;
 /// How the directory of a template in the making begins.
 const UNFINISHED: &str = ".new-";
 
@@ -95,29 +146,46 @@ pub fn checked_size(size: u64) -> Result<u64, ScratchError> {
     }
 }
 
-/// Makes `target`, a fresh scratch disk of `size` bytes.
-pub fn create(data_dir: &Path, size: u64, target: &Path) -> Result<(), ScratchError> {
+/// Makes `target`, a fresh disk of `size` bytes.
+pub fn create(kind: Kind, data_dir: &Path, size: u64, target: &Path) -> Result<(), ScratchError> {
     let size = checked_size(size)?;
-    let template_path = template(data_dir, size)?;
-    let template = rustix::fs::open(
-        &template_path,
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|e| io_error("open", &template_path)(e.into()))?;
+    let template = template(kind, data_dir, size)?;
+    let parts = crate::files::read(&template, MAX_TEMPLATE).map_err(io_error("read", &template))?;
+    fill_new(target, |disk| {
+        rustix::fs::ftruncate(disk, size)?;
+        write_parts(&parts, disk, size)
+    })
+}
+
+/// Makes the file `target`; one that can't be filled is removed again.
+fn fill_new(
+    target: &Path,
+    fill: impl FnOnce(&OwnedFd) -> io::Result<()>,
+) -> Result<(), ScratchError> {
     if let Some(parent) = target.parent() {
         std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
     }
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let copy = rustix::fs::open(target, flags, Mode::RUSR | Mode::WUSR)
+    let disk = rustix::fs::open(target, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|e| io_error("create", target)(e.into()))?;
-    let copied = match rustix::fs::ioctl_ficlone(&copy, &template) {
-        Ok(()) => Ok(()),
-        Err(_) => copy_sparse(&template, &copy, size),
-    };
-    copied.map_err(|e| {
+    fill(&disk).map_err(|e| {
         let _ = std::fs::remove_file(target);
-        io_error("copy the scratch template to", target)(e)
+        io_error("write the disk", target)(e)
+    })
+}
+
+/// Makes `target`, a copy of the disk `from` that shares its blocks where the file system can, and has its holes.
+pub fn copy(from: &Path, target: &Path) -> Result<(), ScratchError> {
+    let original = rustix::fs::open(from, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| io_error("open", from)(e.into()))?;
+    let size = rustix::fs::fstat(&original)
+        .map_err(|e| io_error("look at", from)(e.into()))?
+        .st_size as u64;
+    fill_new(target, |copy| {
+        match rustix::fs::ioctl_ficlone(copy, &original) {
+            Ok(()) => Ok(()),
+            Err(_) => copy_sparse(&original, copy, size),
+        }
     })
 }
 
@@ -171,9 +239,9 @@ fn copy_by_hand(from: &OwnedFd, to: &OwnedFd, start: u64, end: u64) -> io::Resul
 }
 
 /// The template of a size, made now if it isn't there.
-fn template(data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
+fn template(kind: Kind, data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
     let dir = data_dir.join("templates");
-    let path = dir.join(format!("scratch-{size}-v{FORMAT_VERSION}.img"));
+    let path = dir.join(format!("{}-{size}.parts", kind.label()));
     if path.exists() {
         return Ok(path);
     }
@@ -190,7 +258,7 @@ fn template(data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
     }
     remove_unfinished(&dir);
     let work = dir.join(format!("{UNFINISHED}{size}"));
-    let made = make_template(&work, size, &path);
+    let made = make_template(kind, &work, size, &path);
     let _ = std::fs::remove_dir_all(&work);
     made.map(|()| path)
 }
@@ -209,26 +277,32 @@ fn remove_unfinished(dir: &Path) {
     }
 }
 
-fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError> {
+fn make_template(kind: Kind, work: &Path, size: u64, path: &Path) -> Result<(), ScratchError> {
     let tree = work.join("tree");
-    for name in ["upper", "work"] {
+    for name in kind.directories() {
         let dir = tree.join(name);
         std::fs::create_dir_all(&dir).map_err(io_error("create directory", &dir))?;
     }
-    let image = work.join("image");
-    let file = std::fs::File::create(&image).map_err(io_error("create", &image))?;
-    file.set_len(size).map_err(io_error("create", &image))?;
-    let output = mke2fs(&search_path())
-        .args(FORMAT)
+    // In memory, which knows its holes whatever file system the data directory is on.
+    let image = Path::new("the template, in memory");
+    let disk = rustix::fs::memfd_create("casemate-template", MemfdFlags::CLOEXEC)
+        .and_then(|disk| rustix::fs::ftruncate(&disk, size).map(|()| disk))
+        .map_err(|e| io_error("make", image)(e.into()))?;
+    let mut command = mke2fs(&search_path());
+    command
+        .args(kind.format(size))
         .arg("-d")
         .arg(&tree)
-        .arg(&image)
+        .arg(format!("/proc/self/fd/{}", disk.as_raw_fd()))
         // An inode count and times that don't depend on the day.
         .env("E2FSPROGS_FAKE_TIME", "1")
-        .output()
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let output = fds::spawn_with(&mut command, &[disk.as_fd()])
+        .and_then(|child| child.wait_with_output())
         .map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => ScratchError::NoMke2fs,
-            _ => io_error("run mke2fs on", &image)(e),
+            _ => io_error("run mke2fs on", image)(e),
         })?;
     if !output.status.success() {
         return Err(ScratchError::Mke2fs {
@@ -236,7 +310,63 @@ fn make_template(work: &Path, size: u64, path: &Path) -> Result<(), ScratchError
             message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         });
     }
-    std::fs::rename(&image, path).map_err(io_error("rename to", path))
+    let whole = work.join("parts");
+    let parts = parts_of(&disk).map_err(io_error("read", image))?;
+    std::fs::write(&whole, parts).map_err(io_error("write", &whole))?;
+    std::fs::rename(&whole, path).map_err(io_error("rename to", path))
+}
+
+/// What is not zero of a disk: for each part its place and length, little-endian, and its bytes.
+fn parts_of(disk: &OwnedFd) -> io::Result<Vec<u8>> {
+    let mut parts = Vec::new();
+    let mut at = 0;
+    loop {
+        let start = match rustix::fs::seek(disk, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(parts),
+            Err(e) => return Err(e.into()),
+        };
+        at = rustix::fs::seek(disk, SeekFrom::Hole(start))?;
+        let mut bytes = vec![0; (at - start) as usize];
+        let mut read = 0;
+        while read < bytes.len() {
+            match rustix::io::pread(disk, &mut bytes[read..], start + read as u64)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                got => read += got,
+            }
+        }
+        parts.extend(start.to_le_bytes());
+        parts.extend((bytes.len() as u64).to_le_bytes());
+        parts.extend(bytes);
+    }
+}
+
+/// Puts the parts where they belong on an empty disk of `size` bytes.
+fn write_parts(mut parts: &[u8], disk: &OwnedFd, size: u64) -> io::Result<()> {
+    let damaged = || {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "its template is damaged: remove it",
+        )
+    };
+    while let Some((place, rest)) = parts.split_first_chunk() {
+        let (length, rest) = rest.split_first_chunk().ok_or_else(damaged)?;
+        let (place, length) = (u64::from_le_bytes(*place), u64::from_le_bytes(*length));
+        let end = place.checked_add(length).filter(|end| *end <= size);
+        if end.is_none() || length > rest.len() as u64 {
+            return Err(damaged());
+        }
+        let (bytes, rest) = rest.split_at(length as usize);
+        let mut written = 0;
+        while written < bytes.len() {
+            written += rustix::io::pwrite(disk, &bytes[written..], place + written as u64)?;
+        }
+        parts = rest;
+    }
+    match parts.is_empty() {
+        true => Ok(()),
+        false => Err(damaged()),
+    }
 }
 
 /// Whether `mke2fs` can be run: each new size of scratch disks needs it.
@@ -303,7 +433,7 @@ mod tests {
     fn create_makes_a_sparse_clean_file_system() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("scratch/one.img");
-        create(dir.path(), 1 << 30, &target).unwrap();
+        create(Kind::Scratch, dir.path(), 1 << 30, &target).unwrap();
         let meta = std::fs::metadata(&target).unwrap();
         assert_eq!(meta.len(), 1 << 30);
         assert!(meta.blocks() * 512 < 4 << 20, "{} blocks", meta.blocks());
@@ -317,11 +447,40 @@ mod tests {
     }
 
     #[test]
+    fn create_from_a_damaged_template_says_so_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("one.img");
+        create(Kind::Scratch, dir.path(), MIN_SIZE, &target).unwrap();
+        std::fs::remove_file(&target).unwrap();
+        let templates = dir.path().join("templates");
+        let template = std::fs::read_dir(&templates)
+            .unwrap()
+            .flatten()
+            .map(|e| e.path());
+        let template = template.filter(|p| p.extension().is_some_and(|e| e == "parts"));
+        let template = template.last().unwrap();
+        let whole = std::fs::read(&template).unwrap();
+        let far = [&u64::MAX.to_le_bytes()[..], &8_u64.to_le_bytes(), &[0; 8]].concat();
+        for damaged in [&whole[..whole.len() - 1], &whole[..20], &whole[..3], &far] {
+            std::fs::write(&template, damaged).unwrap();
+            let refused = create(Kind::Scratch, dir.path(), MIN_SIZE, &target).unwrap_err();
+            assert!(crate::rpc::chain(&refused).contains("damaged"), "{refused}");
+            assert!(!target.exists());
+        }
+    }
+
+    #[test]
     fn create_sweeps_away_what_a_killed_maker_left() {
         let dir = tempfile::tempdir().unwrap();
         let left = dir.path().join("templates/.new-4096-77/tree");
         std::fs::create_dir_all(&left).unwrap();
-        create(dir.path(), MIN_SIZE, &dir.path().join("one.img")).unwrap();
+        create(
+            Kind::Scratch,
+            dir.path(),
+            MIN_SIZE,
+            &dir.path().join("one.img"),
+        )
+        .unwrap();
         assert!(!left.parent().unwrap().exists());
     }
 
@@ -330,7 +489,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("one.img");
         std::fs::write(&target, "mine").unwrap();
-        assert!(create(dir.path(), MIN_SIZE, &target).is_err());
+        assert!(create(Kind::Scratch, dir.path(), MIN_SIZE, &target).is_err());
         assert_eq!(std::fs::read(&target).unwrap(), b"mine");
     }
 

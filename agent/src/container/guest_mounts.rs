@@ -7,6 +7,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount};
 
 use super::options::Options;
+use super::volume::Fill;
 use crate::error::{Attempt, Error, Result};
 
 /// Most mounts and files of a request.
@@ -59,6 +60,20 @@ impl GuestMounts {
         }
         mounts.iter().try_for_each(|mount| self.mount(mount))?;
         files.iter().try_for_each(|file| self.write(file))
+    }
+
+    /// The volumes among `mounts` that may have to be filled from the container's root.
+    pub(crate) fn fills(&self, mounts: &[agent::Mount], rootfs: &str) -> Result<Vec<Fill>> {
+        let wanted = mounts.iter().filter(|mount| !mount.copy_up.is_empty());
+        wanted
+            .map(|mount| {
+                Ok(Fill {
+                    volume: self.check(&mount.target)?,
+                    rootfs: self.check(rootfs)?,
+                    path: mount.copy_up.clone(),
+                })
+            })
+            .collect()
     }
 
     /// Whether `path` is inside this container's directory.

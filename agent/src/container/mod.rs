@@ -12,6 +12,7 @@ mod root;
 mod spec;
 mod tool;
 mod user;
+mod volume;
 mod wire;
 
 use std::collections::HashMap;
@@ -302,6 +303,11 @@ impl Container {
     ) -> Result<(Arc<Process>, Arc<Mutex<Cgroup>>)> {
         mounts.check(&request.rootfs)?;
         mounts.apply(&request.mounts, &request.files)?;
+        for fill in mounts.fills(&request.mounts, &request.rootfs)? {
+            // It may be long: the agent goes on answering.
+            let filled = tokio::task::spawn_blocking(move || fill.fill()).await;
+            filled.map_err(|error| Error::new(Kind::Internal, format!("copy-up: {error}")))??;
+        }
         let made = cgroup.insert(Cgroup::create(&request.id)?);
         made.apply(blueprint.linux.resources().as_ref())?;
         let launched = launch_first(

@@ -78,6 +78,9 @@ pub(super) enum Command {
     Ps(PsArgs),
     /// Remove containers
     Rm(RmArgs),
+    /// Make, list and remove volumes
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Run a command in a running container
     Exec(Box<ExecArgs>),
     /// Ask containers to end, and kill those that don't
@@ -92,16 +95,16 @@ pub(super) enum Command {
     Unpause(ContainersArgs),
     /// Say whether this host can run microVMs, and what is missing
     Check(CheckArgs),
-    /// Show what ports of a container the host has
-    Port(PortArgs),
-    /// Manage networks
-    #[command(subcommand)]
-    Network(NetworkCommand),
     /// Look at the whole of it, and remove what nothing needs
     #[command(subcommand)]
     System(SystemCommand),
     /// Show the host, the installation and what is there
     Info(FormatArgs),
+    /// Show what ports of a container the host has
+    Port(PortArgs),
+    /// Manage networks
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Show the version
     Version(FormatArgs),
     /// Print a shell's completion script
@@ -209,6 +212,15 @@ pub(super) struct CreateArgs {
     /// Mount a tmpfs: DIR[:OPTIONS]
     #[arg(long, value_name = "DIR[:OPTIONS]")]
     pub(super) tmpfs: Vec<String>,
+    /// Mount a volume, or a file or directory of the host: [VOLUME|PATH:]DIR[:OPTIONS]
+    #[arg(short, long = "volume", value_name = "[SOURCE:]DIR[:OPTIONS]")]
+    pub(super) volumes: Vec<String>,
+    /// Mount a volume, a file or directory of the host, or a tmpfs: type=volume,source=NAME,target=DIR,…
+    #[arg(long = "mount", value_name = "KEY=VALUE,…")]
+    pub(super) mounts: Vec<String>,
+    /// Mount what another container has mounted: CONTAINER[:ro]
+    #[arg(long, value_name = "CONTAINER[:ro]")]
+    pub(super) volumes_from: Vec<String>,
     /// Add a capability, or ALL
     #[arg(long, value_name = "CAP")]
     pub(super) cap_add: Vec<String>,
@@ -250,12 +262,12 @@ pub(super) struct CreateArgs {
     /// Write the container's id to a file
     #[arg(long, value_name = "FILE")]
     pub(super) cidfile: Option<PathBuf>,
-    /// Its network.
-    #[command(flatten)]
-    pub(super) network: NetworkArgs,
     /// What tells whether it is well.
     #[command(flatten)]
     pub(super) health: HealthArgs,
+    /// Its network.
+    #[command(flatten)]
+    pub(super) network: NetworkArgs,
     /// The image
     pub(super) image: String,
     /// The command and its arguments
@@ -516,9 +528,101 @@ pub(super) struct RmArgs {
     /// Remove running containers too
     #[arg(short, long)]
     pub(super) force: bool,
+    /// Remove the volumes too that were made for them and have no name
+    #[arg(short, long)]
+    pub(super) volumes: bool,
     /// Names or ids
     #[arg(required = true)]
     pub(super) containers: Vec<String>,
+}
+
+/// `casemate volume`
+#[derive(Debug, Subcommand)]
+pub(super) enum VolumeCommand {
+    /// Make a volume
+    Create(VolumeCreateArgs),
+    /// List volumes
+    #[command(alias = "list")]
+    Ls(VolumeLsArgs),
+    /// Show everything about volumes, as JSON
+    Inspect(VolumeInspectArgs),
+    /// Remove volumes that no container uses
+    #[command(alias = "remove")]
+    Rm(VolumeRmArgs),
+    /// Remove all volumes without a name that no container uses
+    Prune(VolumePruneArgs),
+}
+
+/// `casemate volume create`
+#[derive(Debug, Args)]
+pub(super) struct VolumeCreateArgs {
+    /// Size of its disk, a hard limit; what is not written takes no room on the host
+    #[arg(long, value_name = "SIZE", conflicts_with = "from")]
+    pub(super) size: Option<String>,
+    /// An option: size=SIZE
+    #[arg(short, long, value_name = "NAME=VALUE", conflicts_with_all = ["from", "size"])]
+    pub(super) opt: Vec<String>,
+    /// Set a label: NAME[=VALUE]
+    #[arg(long = "label", value_name = "NAME[=VALUE]")]
+    pub(super) labels: Vec<String>,
+    /// Begin with the content of another volume, which nobody may be writing to
+    #[arg(long, value_name = "VOLUME")]
+    pub(super) from: Option<String>,
+    /// The driver, of which there is one: local
+    #[arg(short, long, value_name = "DRIVER", default_value = "local", value_parser = ["local"])]
+    pub(super) driver: String,
+    /// The name; without one it gets one
+    pub(super) name: Option<String>,
+}
+
+/// `casemate volume ls`
+#[derive(Debug, Args)]
+pub(super) struct VolumeLsArgs {
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+    /// Print names only
+    #[arg(short, long)]
+    pub(super) quiet: bool,
+    /// Only those with this: name=TEXT, label=NAME[=VALUE], dangling=true|false or driver=local
+    #[arg(short, long = "filter", value_name = "NAME=VALUE")]
+    pub(super) filters: Vec<String>,
+}
+
+/// `casemate volume inspect`
+#[derive(Debug, Args)]
+pub(super) struct VolumeInspectArgs {
+    /// How to print.
+    #[command(flatten)]
+    pub(super) format: FormatArgs,
+    /// Names
+    #[arg(required = true)]
+    pub(super) volumes: Vec<String>,
+}
+
+/// `casemate volume rm`
+#[derive(Debug, Args)]
+pub(super) struct VolumeRmArgs {
+    /// Don't complain of volumes that aren't there
+    #[arg(short, long)]
+    pub(super) force: bool,
+    /// Names
+    #[arg(required = true)]
+    pub(super) volumes: Vec<String>,
+}
+
+/// `casemate volume prune`
+#[derive(Debug, Args)]
+pub(super) struct VolumePruneArgs {
+    /// Also those that have a name
+    #[arg(short, long)]
+    pub(super) all: bool,
+    /// Don't ask
+    #[arg(short, long)]
+    pub(super) force: bool,
+    /// Only those with this: label=NAME[=VALUE]
+    #[arg(long = "filter", value_name = "NAME=VALUE")]
+    pub(super) filters: Vec<String>,
 }
 
 /// `casemate exec`
@@ -530,6 +634,9 @@ pub(super) struct ExecArgs {
     /// Give the process all capabilities
     #[arg(long)]
     pub(super) privileged: bool,
+    /// Leave the process to itself
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub(super) detach: bool,
     /// Name or id
     pub(super) container: String,
     /// The command and its arguments

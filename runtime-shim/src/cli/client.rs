@@ -5,6 +5,7 @@ use crate::log;
 use crate::restart::Policy;
 use crate::rpc;
 use crate::settings::Settings;
+use crate::shim::FILL;
 use crate::state::{SOCKET, SandboxDir};
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
@@ -71,6 +72,8 @@ pub(super) struct ShimOptions<'a> {
     pub(super) log: Option<log::Limits>,
     /// Keeps the image's files, and is to be kept as long.
     pub(super) lease: &'a File,
+    /// A volume may have to be filled from the image, which takes as long as it takes.
+    pub(super) fills: bool,
 }
 
 impl Shim {
@@ -120,7 +123,9 @@ impl Shim {
         Ok(Self {
             child,
             client: Client::new(connection)?,
-            create_limit: settings.start_timeout + CREATE_MARGIN,
+            create_limit: settings.start_timeout
+                + CREATE_MARGIN
+                + if options.fills { FILL } else { Duration::ZERO },
             _lifeline: ours,
         })
     }

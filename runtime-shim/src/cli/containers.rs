@@ -2,7 +2,7 @@
 
 use super::args::{InspectArgs, Kind, PsArgs, RenameArgs, RmArgs};
 use super::filter::Filters;
-use super::{create, images, lifecycle, network_view, output};
+use super::{create, data, images, lifecycle, network_view, output};
 use crate::health::{self, Health};
 use crate::settings::Settings;
 use crate::state::{Container, DEFAULT_NAMESPACE, Meta, State, StateRoot, now_ns};
@@ -116,6 +116,7 @@ fn row(container: &Container, no_trunc: bool) -> Value {
         "Ports": network_view::ports(container),
         "Names": meta.name,
         "Labels": labels.join(","),
+        "Mounts": data::names(&meta.mounts),
     })
 }
 
@@ -193,7 +194,7 @@ pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
 pub(super) async fn rm(settings: &Settings, args: &RmArgs) -> anyhow::Result<()> {
     lifecycle::for_each(settings, &args.containers, async |root, name| {
         let container = root.find(name)?;
-        root.remove(&container, args.force)?;
+        root.remove(&container, args.force, args.volumes)?;
         Ok(name.to_owned())
     })
     .await
@@ -257,6 +258,7 @@ fn inspected(container: &Container) -> Value {
             "StopTimeout": meta.stop_timeout,
             "Healthcheck": meta.health,
         },
+        "Mounts": data::inspected(&meta.mounts),
         "RestartCount": status.restarts,
         "HostConfig": {
             "AutoRemove": meta.auto_remove,

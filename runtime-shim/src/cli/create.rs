@@ -2,11 +2,13 @@
 
 use super::args::{CreateArgs, LogDriver, TimingFormat};
 use super::run::Failure;
-use super::{containers, env, health, images, network_options, output, signals, spec, terminal};
+use super::{
+    containers, data, env, health, images, network_options, output, signals, spec, terminal,
+};
 use crate::journal::Taken;
 use crate::log;
 use crate::plan::{self, Host};
-use crate::scratch;
+use crate::scratch::{self, Kind};
 use crate::settings::Settings;
 use crate::size;
 use crate::state::{Meta, SandboxDir, Status, now_ns};
@@ -66,6 +68,7 @@ pub(super) async fn make(
     }
     let given_env = env::of(&args.process)?;
     let labels = labels(args)?;
+    let mounts = data::wishes(args)?;
     let cidfile = args.cidfile.as_deref().map(IdFile::new).transpose()?;
     let mut network = network_options::wish(settings, &args.network)?;
     let root = containers::state(settings)?;
@@ -75,6 +78,7 @@ pub(super) async fn make(
     let rootfs = store.rootfs(&image)?;
 
     network_options::publish_exposed(&args.network, network.as_mut(), &image.config)?;
+    let data = data::gather(settings, &root, args, mounts, &image.config)?;
     let id = new_id()?;
     let bundle = root.path_of(&id);
     let given = spec::Given {
@@ -84,18 +88,21 @@ pub(super) async fn make(
         console: terminal::size(),
         timing: wishes.timing,
         network: network.is_some(),
+        data: &data,
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
     let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
     let meta = Meta {
         health: health::check(&args.health, &image)?,
+        mounts: data.points.clone(),
         ..meta(args, &image, &id, &spec, labels, log)
     };
     let dir = root.create(&meta)?;
     let filled = write_bundle(dir.path(), &spec, &hostname, files)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
         .and_then(|()| make_log(settings, &meta, &dir))
+        .and_then(|()| data.make(settings, &dir.journal()))
         .and_then(|()| cidfile.map_or(Ok(()), |file| file.write(&id)));
     if let Err(error) = filled {
         // The first error is the one to tell.
@@ -280,6 +287,7 @@ fn meta(
             .into_iter()
             .chain(labels)
             .collect(),
+        mounts: Vec::new(),
     }
 }
 
@@ -319,7 +327,7 @@ fn make_scratch(
     dir.journal()
         .record(&Taken::File { path: path.clone() })
         .context("can't write the sandbox's journal")?;
-    scratch::create(&settings.data_dir, size, &path)?;
+    scratch::create(Kind::Scratch, &settings.data_dir, size, &path)?;
     Ok(())
 }
 

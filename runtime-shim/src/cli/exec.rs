@@ -54,6 +54,19 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
         container: &container.meta.id,
         exec: &id,
     };
+    if args.detach {
+        let request = request(
+            &Fifos::default(),
+            false,
+            PROCESS_TYPE,
+            serde_json::to_vec(&process)?,
+        );
+        let added = client.exec(exec_id, request).await;
+        added.map_err(run::not_started)?;
+        client.start(exec_id).await.map_err(run::not_started)?;
+        root.tell(&container.meta, "exec_start", [("execID", id.clone())]);
+        return Ok(0);
+    }
     let dir = StreamsDir::new(&container.dir, &id)?;
     let fifos = Fifos::make(dir.path(), &args.process)?;
     let mut streams = Attached::open(&fifos)?;

@@ -10,6 +10,7 @@ mod commit;
 mod containers;
 mod cp;
 mod create;
+mod data;
 mod detach_keys;
 mod diff;
 mod docs;
@@ -24,6 +25,7 @@ mod initcalls;
 mod kernel_log;
 mod lifecycle;
 mod logs;
+mod mounts;
 mod network_args;
 mod network_options;
 mod network_view;
@@ -46,6 +48,7 @@ mod timing;
 mod tools;
 mod top;
 mod update;
+mod volumes;
 
 use crate::settings::Settings;
 use anyhow::Context;
@@ -131,6 +134,7 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Prune(args) => done(images::prune(&settings, &args)),
         Command::Inspect(args) => done(containers::inspect(&settings, &args)),
         Command::Ps(args) => done(containers::ps(&settings, &args)),
+        Command::Volume(args) => done(volumes::volume(&settings, &args)),
         Command::Rm(args) => done(blocking(containers::rm(&settings, &args))),
         Command::Exec(args) => or_1(blocking_code(exec::exec(&settings, &args))),
         Command::Stop(args) => done(blocking(lifecycle::stop(&settings, &args))),

@@ -3,6 +3,7 @@
 //! A pure function: what it needs of the host comes in [`Given`].
 
 use super::args::{CreateArgs, TimingFormat};
+use super::data::Data;
 use super::{caps, env};
 use crate::network::NETNS;
 use crate::plan::USER_ANNOTATION;
@@ -57,6 +58,8 @@ pub(super) struct Given<'a> {
     pub(super) timing: Option<TimingFormat>,
     /// It is on networks.
     pub(super) network: bool,
+    /// Volumes and the like.
+    pub(super) data: &'a Data,
 }
 
 /// `--cpus` and `--memory` as the spec's resources.
@@ -191,6 +194,7 @@ fn mounts(args: &CreateArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
     for wish in &args.tmpfs {
         all.push(tmpfs(wish)?);
     }
+    given.data.mount(&mut all);
     Ok(all)
 }
 
@@ -334,6 +338,7 @@ mod tests {
             console: Some((24, 80)),
             timing: None,
             network: false,
+            data: &Data::default(),
         };
         let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;
         build(&args, &image(config), &resources, &given)

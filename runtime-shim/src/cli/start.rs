@@ -46,6 +46,7 @@ pub(super) fn options<'a>(
         unattended: (!attended).then_some(made.meta.restart),
         log: made.meta.log,
         lease: made.rootfs.lease.as_file(),
+        fills: made.meta.mounts.iter().any(|mount| mount.copy_up),
     }
 }
 

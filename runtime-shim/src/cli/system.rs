@@ -139,7 +139,7 @@ fn prune(settings: &Settings, args: &SystemPruneArgs) -> anyhow::Result<()> {
     for container in stopped(&root)? {
         let bytes = container_bytes(settings, &container);
         // One that was just started again stays.
-        if root.remove(&container, false).is_ok() {
+        if root.remove(&container, false, false).is_ok() {
             text.push_str(&format!("Deleted: {}\n", container.meta.id));
             freed += bytes;
         }

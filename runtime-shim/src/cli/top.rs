@@ -37,6 +37,7 @@ pub(super) async fn top(settings: &Settings, args: &TopArgs) -> Result<u8, Failu
         let args = ExecArgs {
             process: ProcessArgs::default(),
             privileged: false,
+            detach: false,
             container: args.container.clone(),
             command: command.collect(),
         };

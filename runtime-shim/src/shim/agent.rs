@@ -16,6 +16,8 @@ use ttrpc::proto::Code;
 const MAX_TEXT: usize = 4096;
 /// Everything that only moves bits around in the guest; a loaded host gets the benefit of the doubt.
 const QUICK: Duration = Duration::from_secs(30);
+/// Copying into a fresh volume what the image has there.
+pub const FILL: Duration = Duration::from_secs(15 * 60);
 /// Unmounting writes back what is dirty.
 const SHUTDOWN: Duration = Duration::from_secs(60);
 
@@ -125,6 +127,17 @@ impl Agent {
         self.call("Hello", Some(limit), answer).await
     }
 
+    /// Calls `CreateContainer`.
+    pub(super) async fn create_container(
+        &self,
+        request: &proto::CreateContainerRequest,
+    ) -> Result<proto::CreateContainerResponse, CallError> {
+        let fills = request.mounts.iter().any(|m| !m.copy_up.is_empty());
+        let limit = if fills { FILL } else { QUICK };
+        let answer = self.client.create_container(Context::default(), request);
+        self.call("CreateContainer", Some(limit), answer).await
+    }
+
     /// Ends the containers and syncs the disks.
     pub(super) async fn shutdown(&self) -> Result<(), CallError> {
         let empty = proto::Empty::new();
@@ -165,7 +178,6 @@ macro_rules! quick_calls {
 quick_calls! {
     online_cpus, "OnlineCpus", OnlineCpusRequest -> Empty;
     set_network, "SetNetwork", NetworkRequest -> Empty;
-    create_container, "CreateContainer", CreateContainerRequest -> CreateContainerResponse;
     start_container, "StartContainer", StartContainerRequest -> StartContainerResponse;
     delete_container, "DeleteContainer", ContainerRequest -> Empty;
     exec, "Exec", ExecRequest -> ExecResponse;

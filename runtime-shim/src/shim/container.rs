@@ -284,6 +284,10 @@ impl Container {
             return Err(ContainerError::ExecExists(exec_id.to_owned()));
         }
         if execs.len() >= MAX_EXECS {
+            // Nobody comes back for one that was left to itself.
+            execs.retain(|_, process| !process.is_forgotten());
+        }
+        if execs.len() >= MAX_EXECS {
             return Err(ContainerError::TooManyExecs);
         }
         let process = Process::new(exec_id.to_owned(), paths, work);

@@ -1,6 +1,7 @@
 //! From a plan to a running guest whose agent has answered.
 
 use super::agent::{Agent, CallError};
+use super::disks::{self, DiskError};
 use super::network::Attaching;
 use super::stdio::GuestEnds;
 use super::vm::{Ended, Vm, VmError};
@@ -9,7 +10,7 @@ use crate::journal::Journal;
 use crate::plan::Plan;
 use crate::settings::Settings;
 use casemate_protocol::{CONTROL_PORT, FIRST_STREAM_PORT, GUEST_CID, NAMES_PORT, agent as proto};
-use casemate_vmm::config::{Confinement, DiskConfig, VmConfig, VsockConfig, VsockPort};
+use casemate_vmm::config::{Confinement, VmConfig, VsockConfig, VsockPort};
 use casemate_vmm::control::{Command, Phase};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -50,6 +51,9 @@ pub(super) enum LaunchError {
         /// The cause.
         source: io::Error,
     },
+    /// A disk can't be had.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// A socket or a memory file can't be had.
     #[error("can't set up the sandbox")]
     Setup(#[source] io::Error),
@@ -75,6 +79,8 @@ pub(super) struct Sandbox {
     pub(super) hello: proto::HelloResponse,
     /// When the agent had answered: host CLOCK_MONOTONIC in ns.
     pub(super) hello_ns: u64,
+    /// Something that it writes outlives it.
+    lasting: bool,
 }
 
 /// What a launch needs besides the plan.
@@ -152,7 +158,7 @@ impl Sandbox {
             })?;
         let kernel = open("the guest's kernel", &settings.kernel, OFlags::RDONLY)?;
         let initrd = open("the guest's initrd", &settings.initrd, OFlags::RDONLY)?;
-        let disks = open_disks(plan)?;
+        let disks = disks::open(plan, settings)?;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(LaunchError::Setup)?;
         theirs.set_nonblocking(true).map_err(LaunchError::Setup)?;
         let control_end = OwnedFd::from(theirs);
@@ -170,7 +176,7 @@ impl Sandbox {
             kernel: kernel.as_raw_fd(),
             initrd: Some(initrd.as_raw_fd()),
             cmdline: plan.kernel_args.to_owned(),
-            disks: disk_configs(plan, &disks, launch.discard),
+            disks: disks::configs(plan, &disks, launch.discard),
             nets: network.map(Attaching::configs).unwrap_or_default(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -189,7 +195,7 @@ impl Sandbox {
         };
         let passed: Vec<BorrowedFd<'_>> = [&kvm, &kernel, &initrd]
             .into_iter()
-            .chain(disks.iter().flatten())
+            .chain(disks.iter().flat_map(|disk| &disk.fds))
             .chain(ports.iter().map(|(_, fd)| fd))
             .chain(network.into_iter().flat_map(Attaching::descriptors))
             .map(AsFd::as_fd)
@@ -216,6 +222,7 @@ impl Sandbox {
             agent,
             hello,
             hello_ns: monotonic_ns(),
+            lasting: plan.is_lasting(),
         };
         if plan.vcpus > 1 {
             let request = proto::OnlineCpusRequest {
@@ -255,9 +262,10 @@ impl Sandbox {
         Ok(stdio)
     }
 
-    /// Ends the guest in order: disks synced, or at once when `discard`.
+    /// Ends the guest in order: disks synced, or at once when `discard` and nothing that it wrote outlives it.
     pub(super) async fn stop(&self, discard: bool) {
         const PATIENCE: Duration = Duration::from_secs(10);
+        let discard = discard && !self.lasting;
         if !discard && self.vm.ended().borrow().is_none() {
             let _ = self.agent.shutdown().await;
             let stop = self.vm.request(Command::Stop, &[]);
@@ -267,38 +275,6 @@ impl Sandbox {
         self.vm.kill();
         let _ = tokio::time::timeout(PATIENCE, self.vm.wait()).await;
     }
-}
-
-fn open_disks(plan: &Plan) -> Result<Vec<Vec<OwnedFd>>, LaunchError> {
-    plan.disks
-        .iter()
-        .map(|disk| {
-            let flags = if disk.read_only {
-                OFlags::RDONLY
-            } else {
-                OFlags::RDWR
-            };
-            disk.files
-                .iter()
-                .map(|file| open("disk", file, flags))
-                .collect()
-        })
-        .collect()
-}
-
-fn disk_configs(plan: &Plan, fds: &[Vec<OwnedFd>], discard: bool) -> Vec<DiskConfig> {
-    plan.disks
-        .iter()
-        .zip(fds)
-        .map(|(disk, fds)| DiskConfig {
-            id: disk.id.clone(),
-            segments: crate::fds::numbers(fds),
-            read_only: disk.read_only,
-            // A container that goes away with its end leaves nothing to read: its fsync needn't wait for the host's disk.
-            volatile: discard && !disk.read_only,
-            rate_limit: None,
-        })
-        .collect()
 }
 
 fn hello_request() -> proto::HelloRequest {

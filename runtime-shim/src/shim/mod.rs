@@ -5,6 +5,7 @@
 
 mod agent;
 mod container;
+mod disks;
 mod health;
 mod launch;
 mod link;
@@ -21,4 +22,5 @@ pub mod timing;
 mod unattended;
 mod vm;
 
+pub use agent::FILL;
 pub use serve::{Serve, run};

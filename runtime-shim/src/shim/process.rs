@@ -77,6 +77,12 @@ impl Process {
         }
     }
 
+    /// It ended, and there was nobody who read what it wrote.
+    pub(super) fn is_forgotten(&self) -> bool {
+        let unread = self.paths.stdout.is_empty() && self.paths.stderr.is_empty();
+        unread && matches!(self.life(), Life::Exited(_))
+    }
+
     /// How it is now.
     pub(super) fn life(&self) -> Life {
         *self.life.borrow()

@@ -9,9 +9,11 @@
 
 mod lock;
 mod record;
+#[cfg(test)]
+mod tests;
 
 pub use lock::is_locked;
-pub use record::{Container, Meta, State, Status};
+pub use record::{Container, Meta, MountPoint, State, Status};
 
 use crate::events::{Event, Events, Kind};
 use crate::files::{self, gone_is_fine};
@@ -19,6 +21,7 @@ use crate::journal::{self, Journal, Taken};
 use crate::network;
 use crate::restart::Policy;
 use crate::rpc::KILLED;
+use crate::volume::{self, VolumeError};
 use lock::{Lock, lock, new_lock, open_lock};
 use rustix::fs::{FlockOperation, OFlags};
 use serde::Serialize;
@@ -91,6 +94,9 @@ pub enum StateError {
         /// The cause.
         source: network::ReleaseError,
     },
+    /// A volume that goes with a container can't be removed.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     /// A kill didn't help.
     #[error("container {0} still runs {1:?} after its processes were killed")]
     Stuck(String, Duration),
@@ -326,6 +332,15 @@ impl StateRoot {
         })
     }
 
+    /// The name of a container that was made with a volume, other than that of the directory `but`.
+    pub fn user_of_volume(&self, volume: &str, but: Option<&Path>) -> Option<String> {
+        let all = self.containers().unwrap_or_default();
+        let user = all
+            .into_iter()
+            .find(|c| c.meta.uses_volume(volume) && Some(c.dir.as_path()) != but);
+        user.map(|container| container.meta.name)
+    }
+
     /// The container of a name, an id or the unambiguous beginning of an id.
     pub fn find(&self, name_or_id: &str) -> Result<Container, StateError> {
         let all = self.containers()?;
@@ -370,8 +385,14 @@ impl StateRoot {
         }
     }
 
-    /// Removes a container and everything it holds. With `force`, a running one too.
-    pub fn remove(&self, container: &Container, force: bool) -> Result<(), StateError> {
+    /// Removes a container and everything it holds. With `force`, a running one too; with `volumes`, also those that
+    /// were made for it and have no name.
+    pub fn remove(
+        &self,
+        container: &Container,
+        force: bool,
+        volumes: bool,
+    ) -> Result<(), StateError> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let id = &container.meta.id;
         let deadline = Instant::now() + PATIENCE;
@@ -379,7 +400,11 @@ impl StateRoot {
             match lock(&container.dir)? {
                 Lock::Ours(lock) => {
                     let path = container.dir.clone();
-                    return SandboxDir { path, lock }.remove();
+                    let dir = SandboxDir { path, lock };
+                    if volumes {
+                        dir.remove_volumes(&dir.journal().read().unwrap_or_default())?;
+                    }
+                    return dir.remove();
                 }
                 Lock::Missing => return remove_all(&container.dir),
                 Lock::Theirs => {}
@@ -496,17 +521,47 @@ impl SandboxDir {
         }
     }
 
-    /// Gives everything back and removes the directory.
+    /// Gives everything back and removes the directory. Volumes without a name go with a container that is not
+    /// whole yet, or was to go away with its end; others' stay.
     pub fn remove(&self) -> Result<(), StateError> {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
         self.release_network()?;
+        if taken.iter().any(|t| matches!(t, Taken::Volume { .. })) {
+            let meta: Option<Meta> = read_json(&self.path, "meta.json");
+            let is_whole = self.path.join("status.json").exists();
+            if !is_whole || meta.is_some_and(|meta| meta.auto_remove) {
+                self.remove_volumes(&taken)?;
+            }
+        }
         journal::delete_files(&taken).map_err(io_error(
             "delete the files that the journal names in",
             &self.path,
         ))?;
         self.tell("destroy", []);
         remove_all(&self.path)
+    }
+}
+
+impl SandboxDir {
+    /// Removes the volumes that were made for this container, unless others use them.
+    fn remove_volumes(&self, taken: &[Taken]) -> Result<(), StateError> {
+        let dirs: Vec<PathBuf> = taken
+            .iter()
+            .filter_map(|taken| match taken {
+                Taken::Volume { path } => Some(path.clone()),
+                _ => None,
+            })
+            .collect();
+        let Some(all) = self.path.parent().filter(|_| !dirs.is_empty()) else {
+            return Ok(());
+        };
+        let root = StateRoot {
+            dir: all.to_owned(),
+            fresh: false,
+        };
+        let needed_by = |volume: &str| root.user_of_volume(volume, Some(&self.path));
+        Ok(volume::remove_unused(&dirs, needed_by)?)
     }
 }
 
@@ -576,194 +631,4 @@ pub fn now_ns() -> u64 {
         .duration_since(std::time::UNIX_EPOCH)
         .map(|d| d.as_nanos() as u64)
         .unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn meta(id: &str, name: &str, auto_remove: bool) -> Meta {
-        Meta {
-            id: id.into(),
-            name: name.into(),
-            image: "busybox".into(),
-            image_id: "sha256:0".into(),
-            command: vec!["true".into()],
-            created: 1,
-            auto_remove,
-            ..Meta::default()
-        }
-    }
-
-    fn root() -> (tempfile::TempDir, StateRoot) {
-        let dir = tempfile::tempdir().unwrap();
-        let root = StateRoot::open(&dir.path().join("state"), "default").unwrap();
-        (dir, root)
-    }
-
-    #[test]
-    fn create_with_a_used_name_is_refused_and_leaves_the_owner_alone() {
-        let (_dir, root) = root();
-        let first = root.create(&meta("aaa", "web", false)).unwrap();
-        let error = root.create(&meta("bbb", "web", false)).unwrap_err();
-        assert!(matches!(error, StateError::NameInUse { id, .. } if id == "aaa"));
-        assert!(!root.path_of("bbb").exists());
-        assert_eq!(root.find("web").unwrap().meta.id, "aaa");
-        first.remove().unwrap();
-        root.create(&meta("ccc", "web", false)).unwrap();
-    }
-
-    #[test]
-    fn reclaim_dead_with_live_sandbox_leaves_it() {
-        let (_dir, root) = root();
-        let live = root.create(&meta("aaa", "a", true)).unwrap();
-        root.reclaim_dead().unwrap();
-        assert!(live.path().exists());
-    }
-
-    #[test]
-    fn reclaim_dead_after_a_death_removes_what_was_to_be_removed() {
-        let (dir, root) = root();
-        let scratch = dir.path().join("scratch.img");
-        std::fs::write(&scratch, "x").unwrap();
-        let sandbox = root.create(&meta("aaa", "a", true)).unwrap();
-        let taken = Taken::File {
-            path: scratch.clone(),
-        };
-        sandbox.journal().record(&taken).unwrap();
-        drop(sandbox);
-        root.reclaim_dead().unwrap();
-        assert!(!scratch.exists());
-        assert!(!root.path_of("aaa").exists());
-        assert!(root.containers().unwrap().is_empty());
-    }
-
-    #[test]
-    fn reclaim_dead_with_kept_container_marks_it_exited() {
-        let (_dir, root) = root();
-        let sandbox = root.create(&meta("aaa", "a", false)).unwrap();
-        let running = Status {
-            state: State::Running,
-            ..Status::default()
-        };
-        sandbox.write_status(&running).unwrap();
-        drop(sandbox);
-        root.reclaim_dead().unwrap();
-        let container = root.find("a").unwrap();
-        assert_eq!(container.status.state, State::Exited);
-        assert_eq!(container.status.exit_code, KILLED);
-    }
-
-    #[test]
-    fn create_while_others_tidy_up_always_succeeds() {
-        let (dir, root) = root();
-        let state = dir.path().join("state");
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let tidier = scope.spawn(|| {
-                let root = StateRoot::open(&state, DEFAULT_NAMESPACE).unwrap();
-                while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                    assert!(root.reclaim_dead().unwrap().is_empty());
-                }
-            });
-            for number in 0..500 {
-                let id = format!("id{number}");
-                let sandbox = root.create(&meta(&id, &id, true)).unwrap();
-                assert!(sandbox.path().join("meta.json").exists());
-                sandbox.remove().unwrap();
-            }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
-            tidier.join().unwrap();
-        });
-    }
-
-    #[test]
-    fn reclaim_dead_removes_at_once_what_a_dead_process_was_making() {
-        let (_dir, root) = root();
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let dead = root.dir.join(format!(".{}-aaa", child.id()));
-        child.wait().unwrap();
-        let ours = root.dir.join(format!(".{}-bbb", std::process::id()));
-        for dir in [&dead, &ours] {
-            std::fs::create_dir(dir).unwrap();
-        }
-        assert!(root.reclaim_dead().unwrap().is_empty());
-        assert!(!dead.exists() && ours.exists());
-        assert!(root.containers().unwrap().is_empty());
-    }
-
-    #[test]
-    fn create_of_one_name_by_many_gives_it_to_one() {
-        let (_dir, root) = root();
-        let won = std::thread::scope(|scope| {
-            let claims: Vec<_> = (0..16)
-                .map(|number| {
-                    let root = &root;
-                    scope.spawn(move || root.create(&meta(&format!("id{number}"), "web", true)))
-                })
-                .collect();
-            let claims: Vec<_> = claims.into_iter().map(|c| c.join().unwrap()).collect();
-            claims
-                .into_iter()
-                .filter_map(Result::ok)
-                .collect::<Vec<_>>()
-        });
-        assert_eq!(won.len(), 1);
-        let owner = std::fs::read_to_string(root.dir.join(NAMES).join("web")).unwrap();
-        assert_eq!(won[0].path().file_name().unwrap().to_str().unwrap(), owner);
-        // The losers left nothing, and the winner's name among it.
-        assert_eq!(root.containers().unwrap().len(), 1);
-    }
-
-    #[test]
-    fn reclaim_dead_with_one_that_resists_tidies_up_the_others() {
-        let (dir, root) = root();
-        let sandbox = root.create(&meta("aaa", "a", true)).unwrap();
-        // A directory where a file is expected can't be deleted.
-        let resists = dir.path().join("resists");
-        std::fs::create_dir(&resists).unwrap();
-        let taken = Taken::File { path: resists };
-        sandbox.journal().record(&taken).unwrap();
-        drop(sandbox);
-        for id in ["bbb", "ccc"] {
-            drop(root.create(&meta(id, id, true)).unwrap());
-        }
-
-        let errors = root.reclaim_dead().unwrap();
-
-        assert_eq!(errors.len(), 1);
-        assert_eq!(root.containers().unwrap().len(), 1);
-    }
-
-    #[test]
-    fn remove_of_a_running_container_needs_force() {
-        let (_dir, root) = root();
-        let sandbox = root.create(&meta("aaa", "a", false)).unwrap();
-        let container = root.find("aaa").unwrap();
-        let refused = root.remove(&container, false);
-        assert!(matches!(refused, Err(StateError::Running(_))));
-        drop(sandbox);
-        root.remove(&container, false).unwrap();
-    }
-
-    #[test]
-    fn find_with_ambiguous_prefix_says_so() {
-        let (_dir, root) = root();
-        let _a = root.create(&meta("abc1", "x", false)).unwrap();
-        let _b = root.create(&meta("abc2", "y", false)).unwrap();
-        assert!(matches!(root.find("abc"), Err(StateError::Ambiguous(_))));
-        assert!(matches!(root.find("zzz"), Err(StateError::NotFound(_))));
-        assert_eq!(root.find("abc2").unwrap().meta.name, "y");
-    }
-
-    #[test]
-    fn open_of_a_directory_others_may_write_is_refused() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let state = dir.path().join("state");
-        std::fs::create_dir(&state).unwrap();
-        std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o777)).unwrap();
-        let refused = StateRoot::open(&state, "default");
-        assert!(matches!(refused, Err(StateError::Untrusted(_))));
-    }
 }

@@ -51,6 +51,40 @@ pub struct Meta {
     /// The user's labels and the image's.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What it sees of outside its image.
+    #[serde(default)]
+    pub mounts: Vec<MountPoint>,
+}
+
+impl Meta {
+    /// Whether a volume is mounted in it.
+    pub fn uses_volume(&self, name: &str) -> bool {
+        self.mounts.iter().any(|mount| mount.volume == name)
+    }
+}
+
+/// What a container sees of outside its image: a volume, or a file or directory of the host.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MountPoint {
+    /// The volume's name; empty: something of the host.
+    #[serde(default)]
+    pub volume: String,
+    /// The volume's directory, or what of the host.
+    pub source: PathBuf,
+    /// Where in the container.
+    pub target: String,
+    /// It can't be written to.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Nobody named the volume: it was made for this container.
+    #[serde(default)]
+    pub anonymous: bool,
+    /// The volume, if it is empty, gets what the image has there.
+    #[serde(default)]
+    pub copy_up: bool,
+    /// Further options of the mount: nosuid, nodev, noexec.
+    #[serde(default)]
+    pub options: Vec<String>,
 }
 
 /// How a container is: replaced at each change.

@@ -27,3 +27,4 @@ mod signals;
 mod stdio;
 mod tty;
 mod unprivileged;
+mod volumes;
