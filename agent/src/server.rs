@@ -15,9 +15,9 @@ use crate::conn::{Conn, Host};
 use crate::container::{Container, check_id};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
-use crate::network;
 use crate::reaper::Reaper;
 use crate::sys;
+use crate::{names, network};
 
 /// Most containers of a sandbox; a pod has a handful.
 const MAX_CONTAINERS: usize = 1024;
@@ -164,6 +164,11 @@ impl Agent for Service {
         request: agent::NetworkRequest,
     ) -> ttrpc::Result<Empty> {
         network::set(&request)?;
+        if request.names_port != 0 {
+            // The loopback interface comes up with the rest.
+            boot::prepare()?;
+            names::serve(&self.host, request.names_port).await?;
+        }
         Ok(Empty::new())
     }
 

@@ -28,6 +28,12 @@ pub const GUEST_CID: u32 = 3;
 /// Host port on which the agent serves its ttrpc connection.
 pub const CONTROL_PORT: u32 = 1024;
 
+/// Host port of the sandbox's resolver.
+pub const NAMES_PORT: u32 = 1025;
+
+/// Where the guest's programs find the resolver, as with Docker.
+pub const RESOLVER: [u8; 4] = [127, 0, 0, 11];
+
 /// First host port for the standard streams of a sandbox's first process; each is used once. Those of later ones are random.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 

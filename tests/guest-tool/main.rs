@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         }
         Some((verb, [])) if verb == "hog" => hog(),
         Some((verb, [])) if verb == "power-off" => power_off(),
+        Some((verb, [port])) if verb == "udp-echo" => udp_echo(port),
         Some((verb, [length])) if verb == "stream" && length.parse::<u64>().is_ok() => {
             let length = length.parse().unwrap_or(0);
             match casemate_tests::stream::write(length, &mut std::io::stdout().lock()) {
@@ -29,10 +30,28 @@ fn main() -> ExitCode {
             }
         }
         _ => {
-            eprintln!("usage: guest-tool tree ROOT [SKIP…] | stream BYTES | hog | power-off");
+            eprintln!(
+                "usage: guest-tool tree ROOT [SKIP…] | stream BYTES | udp-echo PORT | hog | power-off"
+            );
             ExitCode::from(2)
         }
     }
+}
+
+/// Sends every packet back.
+fn udp_echo(port: &str) -> ExitCode {
+    let socket = port
+        .parse()
+        .ok()
+        .and_then(|port: u16| std::net::UdpSocket::bind(("0.0.0.0", port)).ok());
+    let mut buffer = [0; 2048];
+    while let Some(socket) = &socket {
+        if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(&buffer[..length], from);
+        }
+    }
+    eprintln!("{port} is no port that can be had");
+    ExitCode::FAILURE
 }
 
 /// Takes memory, every page of it touched, until the kernel has had enough.

@@ -92,13 +92,13 @@ pub(super) async fn make(
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
+    let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
     let meta = Meta {
         health: health::check(&args.health, &image)?,
         mounts: data.points.clone(),
         ..meta(args, &image, &id, &spec, labels, log)
     };
     let dir = root.create(&meta)?;
-    let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
     let filled = write_bundle(dir.path(), &spec, &hostname, files)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
         .and_then(|()| make_log(settings, &meta, &dir))

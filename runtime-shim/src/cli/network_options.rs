@@ -9,6 +9,7 @@ use crate::network::user;
 use crate::network::wish::{self, Attachment, Mac, Port, Wish};
 use crate::settings::Settings;
 use anyhow::{Context, bail};
+use casemate_protocol::RESOLVER;
 use oci_spec::image::ImageConfiguration;
 use std::net::IpAddr;
 
@@ -78,6 +79,7 @@ pub(super) fn wish(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Op
     Ok(Some(Wish {
         attachments,
         ports: publish::all(&args.publish)?,
+        dns: resolv::servers(args)?,
         egress: policy(args)?,
     }))
 }
@@ -194,6 +196,7 @@ fn of_user(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Wish> {
     Ok(Wish {
         attachments: vec![attachment],
         ports: publish::all(&args.publish)?,
+        dns: resolv::servers(args)?,
         egress: policy(args)?,
     })
 }
@@ -232,12 +235,12 @@ pub(super) fn files(
         false => gateway(settings, wish),
     };
     hosts.push_str(&resolv::extra_hosts(&args.add_host, gateway)?);
-    let host = match first_is_users(wish) {
-        // passt asks the host's own resolver.
-        true => resolv::with_resolver(user::RESOLVER),
-        false => resolv::of_host(),
+    // Both ask the host's own resolvers; a user's container asks those of --dns by itself.
+    let (server, given) = match first_is_users(wish) {
+        true => (user::RESOLVER, wish.dns.as_slice()),
+        false => (RESOLVER.into(), &[][..]),
     };
-    let resolv = resolv::resolv_conf(args, &host)?;
+    let resolv = resolv::resolv_conf(args, given, server, &resolv::of_host())?;
     Ok(vec![
         ("hosts", hosts.into_bytes()),
         ("resolv.conf", resolv.into_bytes()),

@@ -2,10 +2,8 @@
 
 use super::network_args::NetworkArgs;
 use anyhow::{Context, bail};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-/// Where systemd-resolved tells the resolvers that it asks itself.
-const UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
 /// A resolver configuration is a few lines.
 const MAX_FILE: u64 = 64 << 10;
 /// The host as the container sees it.
@@ -13,63 +11,41 @@ const HOST_GATEWAY: &str = "host-gateway";
 
 /// The host's own configuration.
 pub(super) fn of_host() -> String {
-    let read = |path: &str| crate::files::read_text(path.as_ref(), MAX_FILE).unwrap_or_default();
-    let own = read("/etc/resolv.conf");
-    let usable = nameservers(&own).any(|ip| !is_loopback(ip));
-    let upstream = if usable {
-        String::new()
-    } else {
-        read(UPSTREAM)
+    crate::files::read_text("/etc/resolv.conf".as_ref(), MAX_FILE).unwrap_or_default()
+}
+
+/// `--dns`
+pub(super) fn servers(args: &NetworkArgs) -> anyhow::Result<Vec<IpAddr>> {
+    let parse = |text: &String| {
+        let ip = text.parse();
+        ip.with_context(|| format!("--dns: {text:?} is not an address"))
     };
-    if upstream.is_empty() { own } else { upstream }
+    args.dns.iter().map(parse).collect()
 }
 
-/// The host's own configuration with one resolver in place of its own.
-pub(super) fn with_resolver(resolver: std::net::Ipv4Addr) -> String {
-    let host = of_host();
-    let others = host
-        .lines()
-        .filter(|line| !line.trim_start().starts_with("nameserver"));
-    let others = others.map(|line| format!("{line}\n"));
-    format!("nameserver {resolver}\n{}", others.collect::<String>())
-}
-
-fn nameservers(text: &str) -> impl Iterator<Item = &str> {
-    text.lines()
-        .filter_map(|line| line.trim_start().strip_prefix("nameserver"))
-        .map(str::trim)
-}
-
-/// An address that means the host only on the host.
-fn is_loopback(nameserver: &str) -> bool {
-    let ip = nameserver.split('%').next().unwrap_or_default();
-    ip.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-/// What a container on a network gets: what was given, else the host's, without resolvers that are out of its reach.
-pub(super) fn resolv_conf(args: &NetworkArgs, host: &str) -> anyhow::Result<String> {
-    for address in &args.dns {
-        address
-            .parse::<IpAddr>()
-            .with_context(|| format!("--dns: {address:?} is not an address"))?;
-    }
+/// What a container on a network gets: the resolvers that are given, else `server`; the rest as given, else the host's.
+pub(super) fn resolv_conf(
+    args: &NetworkArgs,
+    given: &[IpAddr],
+    server: Ipv4Addr,
+    host: &str,
+) -> anyhow::Result<String> {
     for word in args.dns_search.iter().chain(&args.dns_option) {
         if word.is_empty() || word.chars().any(|c| c.is_whitespace() || c.is_control()) {
             bail!("--dns-search, --dns-option: {word:?} is not a word");
         }
     }
-    let mut text = String::new();
     let lines = |key: &'static str| {
         let of_key = move |line: &&str| line.split_whitespace().next() == Some(key);
         host.lines().filter(of_key).map(|line| format!("{line}\n"))
     };
-    match args.dns.is_empty() {
-        true => {
-            let reachable = nameservers(host).filter(|ip| !is_loopback(ip));
-            text.extend(reachable.map(|ip| format!("nameserver {ip}\n")));
-        }
-        false => text.extend(args.dns.iter().map(|ip| format!("nameserver {ip}\n"))),
-    }
+    let mut text = match given {
+        [] => format!("nameserver {server}\n"),
+        given => given
+            .iter()
+            .map(|ip| format!("nameserver {ip}\n"))
+            .collect(),
+    };
     match args.dns_search.as_slice() {
         [] => text.extend(lines("search")),
         // Docker's way to say that there is none.
@@ -116,12 +92,14 @@ mod tests {
         list.iter().map(|s| s.to_string()).collect()
     }
 
+    const SERVER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
+
     #[test]
-    fn resolv_conf_takes_the_hosts_but_for_its_loopback() {
-        let text = resolv_conf(&NetworkArgs::default(), HOST).unwrap();
+    fn resolv_conf_takes_the_hosts_domains_and_options() {
+        let text = resolv_conf(&NetworkArgs::default(), &[], SERVER, HOST).unwrap();
         assert_eq!(
             text,
-            "nameserver 9.9.9.9\nsearch a.example b.example\noptions edns0\n"
+            "nameserver 127.0.0.11\nsearch a.example b.example\noptions edns0\n"
         );
     }
 
@@ -133,19 +111,18 @@ mod tests {
             dns_option: strings(&["ndots:2"]),
             ..NetworkArgs::default()
         };
-        let text = resolv_conf(&args, HOST).unwrap();
+        let given = servers(&args).unwrap();
+        let text = resolv_conf(&args, &given, SERVER, HOST).unwrap();
         assert_eq!(
             text,
             "nameserver 10.0.0.1\nnameserver fd00::1\noptions ndots:2\n"
         );
-        for (dns, search) in [("x", "a"), ("1.1.1.1", "a\nnameserver 6.6.6.6")] {
-            let args = NetworkArgs {
-                dns: strings(&[dns]),
-                dns_search: strings(&[search]),
-                ..NetworkArgs::default()
-            };
-            assert!(resolv_conf(&args, HOST).is_err());
-        }
+        let args = NetworkArgs {
+            dns: strings(&["x"]),
+            dns_search: strings(&["a\nnameserver 6.6.6.6"]),
+            ..NetworkArgs::default()
+        };
+        assert!(servers(&args).is_err() && resolv_conf(&args, &[], SERVER, HOST).is_err());
     }
 
     #[test]
@@ -171,7 +148,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn resolv_conf_of_anything_never_panics(host in ".{0,200}") {
-            resolv_conf(&NetworkArgs::default(), &host).unwrap();
+            resolv_conf(&NetworkArgs::default(), &[], SERVER, &host).unwrap();
         }
     }
 }

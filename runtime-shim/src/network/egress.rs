@@ -29,6 +29,7 @@ const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_BR_AGEING_TIME: u16 = 4;
 const IFLA_BR_MCAST_SNOOPING: u16 = 23;
 const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
@@ -40,6 +41,19 @@ pub struct Policy {
     pub deny: bool,
     /// Exceptions.
     pub allow: Vec<Rule>,
+}
+
+impl Policy {
+    /// Whether an exception lets it send there.
+    pub fn allows(&self, ip: IpAddr, port: u16, protocol: &str) -> bool {
+        self.allow.iter().any(|rule| {
+            rule.contains(ip)
+                && rule
+                    .ports
+                    .is_none_or(|(first, last)| (first..=last).contains(&port))
+                && rule.protocol.as_ref().is_none_or(|p| p == protocol)
+        })
+    }
 }
 
 /// An exception.
@@ -128,6 +142,21 @@ impl fmt::Display for Rule {
 }
 
 impl Rule {
+    fn contains(&self, ip: IpAddr) -> bool {
+        let prefix = u32::from(self.network.1);
+        match (self.network.0, ip) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => {
+                let behind = u32::MAX.checked_shr(prefix).unwrap_or(0);
+                (a.to_bits() ^ b.to_bits()) & !behind == 0
+            }
+            (IpAddr::V6(a), IpAddr::V6(b)) => {
+                let behind = u128::MAX.checked_shr(prefix).unwrap_or(0);
+                (a.to_bits() ^ b.to_bits()) & !behind == 0
+            }
+            _ => false,
+        }
+    }
+
     /// As iptables takes it.
     fn lines(&self) -> String {
         let (ip, prefix) = self.network;
@@ -239,6 +268,9 @@ fn restore(program: &str, rules: &str) -> io::Result<()> {
 pub fn join(socket: &Socket, tap: &Interface, interface: &Interface, name: &str) -> io::Result<()> {
     let (mut data, mut info) = (Vec::new(), Vec::new());
     attribute(&mut data, IFLA_BR_MCAST_SNOOPING, &[0]);
+    // It learns nothing: what comes into one port goes out of the other. A network that sends frames back to where
+    // they came from (hairpin) would teach it that the guest is outside.
+    attribute(&mut data, IFLA_BR_AGEING_TIME, &[0; 4]);
     attribute(&mut info, IFLA_INFO_KIND, b"bridge\0");
     attribute(&mut info, IFLA_INFO_DATA, &data);
     let bridge = Request::new(kind::NEWLINK, flag::CREATE | flag::EXCL, &link(0, 0, 0))
@@ -308,6 +340,21 @@ mod tests {
         ] {
             assert!(text.parse::<Rule>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn policy_allows_what_its_rules_name() {
+        let policy = Policy {
+            deny: true,
+            allow: vec![
+                "10.0.0.0/8:53/udp".parse().unwrap(),
+                "fd00::/8".parse().unwrap(),
+            ],
+        };
+        let allows = |ip: &str, port, protocol| policy.allows(ip.parse().unwrap(), port, protocol);
+        assert!(allows("10.9.9.9", 53, "udp") && allows("fd12::1", 1, "tcp"));
+        assert!(!allows("10.9.9.9", 53, "tcp") && !allows("11.0.0.1", 53, "udp"));
+        assert!(!allows("10.9.9.9", 54, "udp") && !allows("fe00::1", 1, "tcp"));
     }
 
     #[test]

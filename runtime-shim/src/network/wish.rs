@@ -21,6 +21,9 @@ pub struct Wish {
     /// What is published on the host, by way of the first network.
     #[serde(default)]
     pub ports: Vec<Port>,
+    /// Whom to ask for names that no container has; none: the host's resolvers.
+    #[serde(default)]
+    pub dns: Vec<IpAddr>,
     /// Where it may send to; `None`: everywhere but to clouds' metadata.
     #[serde(default)]
     pub egress: Option<Policy>,
@@ -184,7 +187,7 @@ mod tests {
         let wish = Wish {
             attachments: vec![attachment.clone(), attachment],
             ports: vec![port],
-            egress: None,
+            ..Wish::default()
         };
         let first = wish.runtime(0);
         assert_eq!(first["portMappings"][0]["hostPort"], 80);

@@ -154,8 +154,8 @@ impl Container {
 
         let netns = plan.netns.as_ref();
         let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &launch));
-        let network = network.transpose()?;
-        let (sandbox, mut stdio) = Sandbox::start(&plan, first, network.as_ref(), &launch).await?;
+        let mut network = network.transpose()?;
+        let (sandbox, mut stdio) = Sandbox::start(&plan, first, network.as_mut(), &launch).await?;
         (stdio.rows, stdio.cols) = console_size(&spec);
         request.stdio = Some(stdio).into();
         let mut kept = Kept::default();

@@ -9,7 +9,7 @@ use crate::fds;
 use crate::journal::Journal;
 use crate::plan::Plan;
 use crate::settings::Settings;
-use casemate_protocol::{CONTROL_PORT, FIRST_STREAM_PORT, GUEST_CID, agent as proto};
+use casemate_protocol::{CONTROL_PORT, FIRST_STREAM_PORT, GUEST_CID, NAMES_PORT, agent as proto};
 use casemate_vmm::config::{Confinement, VmConfig, VsockConfig, VsockPort};
 use casemate_vmm::control::{Command, Phase};
 use rustix::fs::{Mode, OFlags};
@@ -147,7 +147,7 @@ impl Sandbox {
     pub(super) async fn start(
         plan: &Plan,
         streams: FirstStreams,
-        network: Option<&Attaching>,
+        mut network: Option<&mut Attaching>,
         launch: &Launch<'_>,
     ) -> Result<(Self, proto::Stdio), LaunchError> {
         let settings = launch.settings;
@@ -165,6 +165,10 @@ impl Sandbox {
 
         let mut ports = vec![(CONTROL_PORT, control_end)];
         ports.extend(streams.ports);
+        if let Some(names) = network.as_mut().and_then(|network| network.names()) {
+            ports.push((NAMES_PORT, names));
+        }
+        let network = network.as_deref();
         let config = VmConfig {
             kvm: kvm.as_raw_fd(),
             memory_mib: plan.memory_mib,

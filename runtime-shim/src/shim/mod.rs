@@ -9,6 +9,7 @@ mod disks;
 mod health;
 mod launch;
 mod link;
+mod names;
 mod network;
 mod passt;
 mod process;

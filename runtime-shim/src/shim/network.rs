@@ -4,6 +4,7 @@
 //! plugins put into the namespace is joined with them afterwards.
 
 use super::launch::Launch;
+use super::names::{self, Names};
 use super::passt::{self, Passt};
 use crate::journal::{Journal, Taken};
 use crate::network::cni::{self, Attachment, CniError, Outcome};
@@ -13,13 +14,14 @@ use crate::network::networks::{self, Network, NetworkError};
 use crate::network::wish::{self, Mac, Port, Wish};
 use crate::network::{self, NETNS, netns, tap, user};
 use crate::plan;
-use casemate_protocol::agent as proto;
 use casemate_protocol::netlink::Socket;
+use casemate_protocol::{NAMES_PORT, agent as proto};
 use casemate_vmm::config::NetConfig;
 use oci_spec::runtime::{Mount, Spec};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use tokio::sync::oneshot;
@@ -65,6 +67,9 @@ pub(super) enum NetworkFailure {
         /// The cause.
         source: io::Error,
     },
+    /// The resolver.
+    #[error("can't start the container's resolver")]
+    Resolver(#[source] io::Error),
     /// The journal can't be written.
     #[error("can't write the sandbox's journal")]
     Journal(#[source] io::Error),
@@ -120,6 +125,8 @@ pub(super) struct Kept {
 pub(super) struct Attaching {
     devices: Vec<Device>,
     kept: Kept,
+    /// The guest's end of the stream to the resolver.
+    names: Option<OwnedFd>,
     told: oneshot::Receiver<Result<Told, NetworkFailure>>,
 }
 
@@ -178,6 +185,15 @@ impl Attaching {
             _ports: ports,
             passt: None,
         };
+        let (ours, theirs) = UnixStream::pair().map_err(NetworkFailure::Resolver)?;
+        theirs
+            .set_nonblocking(true)
+            .map_err(NetworkFailure::Resolver)?;
+        let names = Names {
+            state_dir: launch.settings.state_dir.clone(),
+            wish: wish.clone(),
+        };
+        names::serve(names, ours.into()).map_err(NetworkFailure::Resolver)?;
         let journal = launch.journal.clone();
         let taken = Taken::Netns {
             path: netns.to_owned(),
@@ -206,6 +222,7 @@ impl Attaching {
         Ok(Self {
             devices,
             kept,
+            names: Some(theirs.into()),
             told,
         })
     }
@@ -240,6 +257,7 @@ impl Attaching {
         Ok(Self {
             devices: vec![device],
             kept: Kept::default(),
+            names: None,
             told,
         })
     }
@@ -274,8 +292,14 @@ impl Attaching {
         Ok(Self {
             devices,
             kept,
+            names: None,
             told,
         })
+    }
+
+    /// The guest's end of the stream to the resolver, if it has one; to be had once.
+    pub(super) fn names(&mut self) -> Option<OwnedFd> {
+        self.names.take()
     }
 
     /// The devices as the VMM is told of them.
@@ -431,6 +455,7 @@ fn fill(
         let socket = Socket::open()?;
         let seen = Seen::here(&socket)?;
         let mut request = proto::NetworkRequest::new();
+        request.names_port = NAMES_PORT;
         if let Some(policy) = policy {
             // Before there is anything that it could be late for.
             let taps: Vec<String> = (0..own.len()).map(tap_name).collect();
