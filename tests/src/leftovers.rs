@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 
 /// Programs whose relatives are a sandbox's too.
-const OURS: [&str; 2] = ["containerd-shim-casemate-v2", "casemate-vmm"];
+const OURS: [&str; 3] = ["containerd-shim-casemate-v2", "casemate-vmm", "virtiofsd"];
 
 /// What is still there once nothing is, or once `patience` is over.
 pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -> Vec<String> {

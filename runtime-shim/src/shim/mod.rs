@@ -12,6 +12,8 @@ mod process;
 mod recorder;
 mod serve;
 mod service;
+mod share_server;
+mod shares;
 mod stats;
 mod stdio;
 pub mod timing;
@@ -20,3 +22,4 @@ mod vm;
 
 pub use agent::FILL;
 pub use serve::{Serve, run};
+pub use share_server::{ServeShare, serve_share};

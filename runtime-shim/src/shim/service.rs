@@ -4,6 +4,7 @@ use super::agent::CallError;
 use super::container::{Container, ContainerError, Create, Observer};
 use super::launch::Launch;
 use super::process::{Exit, Life, Process};
+use super::shares::ROLE as SHARE_ROLE;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
 use crate::journal::{Journal, VMM_ROLE};
@@ -17,6 +18,7 @@ use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp
 use containerd_shim_protos::shim_async::Task;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -34,6 +36,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// The service's state.
 pub(super) struct Service {
     pub(super) settings: Settings,
+    /// The sandbox's directory.
+    pub(super) dir: PathBuf,
     pub(super) journal: Journal,
     /// For the guest's serial console.
     pub(super) console: Option<OwnedFd>,
@@ -185,7 +189,9 @@ impl Service {
             return Err(status(Code::FAILED_PRECONDITION, "it was never created"));
         };
         // The one of the last start is gone. What can't be rewritten grows a little.
-        let _ = self.journal.forget_processes(|role| role == VMM_ROLE);
+        let _ = self
+            .journal
+            .forget_processes(|role| matches!(role, VMM_ROLE | SHARE_ROLE));
         let container = self.create_container(request).await?;
         if !wanted() {
             self.abandon().await;
@@ -229,6 +235,7 @@ impl Service {
             log: self.log.as_ref(),
             launch: Launch {
                 settings: &self.settings,
+                dir: &self.dir,
                 journal: &self.journal,
                 discard: self.discard,
                 console: self.console.as_ref().map(AsFd::as_fd),
