@@ -37,13 +37,35 @@ fn main() -> ExitCode {
                 }
             }
         }
+        Some((verb, [file, seconds])) if verb == "lock" => {
+            match lock(Path::new(file), seconds.parse().unwrap_or(0)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{file}: {error}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
         _ => {
             eprintln!(
-                "usage: guest-tool map FILE TEXT | tree ROOT [SKIP…] | stream BYTES | hog | power-off"
+                "usage: guest-tool map FILE TEXT | lock FILE SECONDS | tree ROOT [SKIP…] | stream BYTES | hog | power-off"
             );
             ExitCode::from(2)
         }
     }
+}
+
+/// Takes a file's lock for a while, or says that somebody has it.
+fn lock(path: &Path, seconds: u64) -> std::io::Result<()> {
+    use rustix::fs::{FlockOperation, flock};
+    let file = std::fs::File::create(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => println!("locked"),
+        Err(rustix::io::Errno::WOULDBLOCK) => println!("busy"),
+        Err(error) => return Err(error.into()),
+    }
+    std::thread::sleep(std::time::Duration::from_secs(seconds));
+    Ok(())
 }
 
 /// Writes to the beginning of a file by way of a shared mapping.
