@@ -9,6 +9,7 @@
 //! | `container` | spec to processes: plan, fork, the child's way, mounts |
 //! | `cgroup`, `seccomp` | limits and filters |
 //! | `conn`, `pump`, `control` | streams to the host |
+//! | `network` | interfaces, addresses, routes |
 //! | `reaper`, `boot` | PID 1's duties |
 
 mod arch;
@@ -18,6 +19,7 @@ mod conn;
 mod container;
 mod control;
 mod error;
+mod network;
 mod pump;
 mod reaper;
 pub mod seccomp;

@@ -15,6 +15,7 @@ use crate::conn::{Conn, Host};
 use crate::container::{Container, check_id};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
+use crate::network;
 use crate::reaper::Reaper;
 use crate::sys;
 
@@ -154,6 +155,15 @@ impl Agent for Service {
         request: agent::OnlineCpusRequest,
     ) -> ttrpc::Result<Empty> {
         boot::online_cpus(request.vcpus)?;
+        Ok(Empty::new())
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: agent::NetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        network::set(&request)?;
         Ok(Empty::new())
     }
 

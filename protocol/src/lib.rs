@@ -13,7 +13,11 @@ mod generated {
 #[cfg(feature = "rpc")]
 pub use generated::{agent, agent_ttrpc};
 
+#[cfg(feature = "netlink")]
+pub mod netlink;
 pub mod text;
+#[cfg(feature = "rpc")]
+pub mod tool;
 
 /// CID of the host (virtio 1.2, section 5.10.4; `VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;

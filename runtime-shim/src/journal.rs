@@ -6,6 +6,7 @@
 //! line, from a death while writing, is ignored.
 
 use crate::files::gone_is_fine;
+use crate::network::cni::Attachment;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use std::fs::OpenOptions;
@@ -58,6 +59,23 @@ pub enum Taken {
         /// Whose name it is.
         id: String,
     },
+    /// A network namespace.
+    Netns {
+        /// Where it is mounted.
+        path: PathBuf,
+    },
+    /// An interface that CNI plugins made.
+    Attachment {
+        /// All that they need to take it back.
+        attachment: Box<Attachment>,
+    },
+}
+
+impl Taken {
+    /// Whether [`crate::network::release`] gives it back.
+    pub fn is_network(&self) -> bool {
+        matches!(self, Self::Netns { .. } | Self::Attachment { .. })
+    }
 }
 
 /// The journal of one sandbox.
@@ -72,6 +90,11 @@ impl Journal {
         Self {
             path: dir.join(FILE_NAME),
         }
+    }
+
+    /// The sandbox's directory.
+    pub fn dir(&self) -> Option<&Path> {
+        self.path.parent()
     }
 
     /// Writes down one thing.
@@ -108,11 +131,14 @@ impl Journal {
     /// Takes processes that are gone off the list, by their role: that of a container that starts again and again
     /// must not grow.
     pub fn forget_processes(&self, gone: impl Fn(&str) -> bool) -> io::Result<()> {
+        self.forget(|taken| matches!(taken, Taken::Process { role, .. } if gone(role)))
+    }
+
+    /// Takes what was given back off the list.
+    pub fn forget(&self, gone: impl Fn(&Taken) -> bool) -> io::Result<()> {
         let mut text = Vec::new();
-        for taken in self.read()? {
-            if !matches!(&taken, Taken::Process { role, .. } if gone(role)) {
-                push_line(&mut text, &taken)?;
-            }
+        for taken in self.read()?.iter().filter(|taken| !gone(taken)) {
+            push_line(&mut text, taken)?;
         }
         let whole = self.path.with_extension("new");
         std::fs::write(&whole, text)?;
@@ -174,7 +200,11 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
             Taken::Name { path, id } if std::fs::read(path).is_ok_and(|o| o == id.as_bytes()) => {
                 std::fs::remove_file(path)
             }
-            Taken::Name { .. } | Taken::Process { .. } | Taken::Volume { .. } => Ok(()),
+            Taken::Name { .. }
+            | Taken::Process { .. }
+            | Taken::Volume { .. }
+            | Taken::Netns { .. }
+            | Taken::Attachment { .. } => Ok(()),
         })?;
     }
     Ok(())

@@ -7,10 +7,13 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod events;
 pub mod fds;
 pub mod files;
+pub mod health;
 pub mod journal;
 pub mod log;
+pub mod network;
 pub mod paths;
 pub mod plan;
 pub mod restart;
@@ -21,4 +24,5 @@ pub mod shim;
 pub mod size;
 pub mod state;
 pub mod times;
+pub mod update;
 pub mod volume;

@@ -83,6 +83,14 @@ pub fn default_data_dir() -> PathBuf {
     }
 }
 
+/// CNI plugins: where Debian has them, or where the plugins' own releases go.
+pub fn cni_dir() -> PathBuf {
+    let places = ["/usr/lib/cni", "/opt/cni/bin"].map(PathBuf::from);
+    let [debian, _] = &places;
+    let found = places.iter().find(|dir| dir.join("bridge").exists());
+    found.unwrap_or(debian).clone()
+}
+
 /// Configuration files, the later one's keys win.
 pub fn config_files() -> Vec<PathBuf> {
     let mut files = vec![PathBuf::from("/etc/casemate/config.toml")];

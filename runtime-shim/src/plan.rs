@@ -11,7 +11,7 @@ use crate::shim::timing;
 use crate::size::MIB;
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
 /// Holds the user as an image's config names it: "name|uid[:group|gid]".
@@ -146,6 +146,8 @@ pub struct Plan {
     pub user: String,
     /// More for the guest kernel's command line.
     pub kernel_args: &'static str,
+    /// The network namespace whose interfaces the guest gets; `None`: it has no network.
+    pub netns: Option<PathBuf>,
 }
 
 impl Plan {
@@ -296,7 +298,26 @@ pub fn plan(
             Some(timing::INITCALLS) => "initcall_debug loglevel=8",
             _ => "",
         },
+        netns: netns(spec),
     })
+}
+
+/// The network namespace of the host that the spec names.
+fn netns(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let network = namespaces
+        .iter()
+        .find(|n| n.typ() == LinuxNamespaceType::Network)?;
+    network.path().clone()
+}
+
+/// The container shares the guest's own network, which stands for the namespace that the spec names.
+fn without_netns(spec: &mut Spec) {
+    let linux = spec.linux_mut().as_mut();
+    let namespaces = linux.and_then(|linux| linux.namespaces_mut().as_mut());
+    if let Some(namespaces) = namespaces {
+        namespaces.retain(|n| n.typ() != LinuxNamespaceType::Network || n.path().is_none());
+    }
 }
 
 /// The guest's memory in MiB and its vCPUs.
@@ -310,6 +331,11 @@ pub fn sizes(spec: &Spec, host: Host, defaults: Defaults) -> Result<(u32, u8), P
 /// An annotation's value.
 pub fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+/// Where the guest has the file that stands for the spec's bind mount of that number.
+pub fn file_target(id: &str, index: usize) -> String {
+    format!("{GUEST_RUN_DIR}/{id}/file{index}")
 }
 
 /// Guest memory for a container that may use `limit` bytes.

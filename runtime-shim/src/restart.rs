@@ -116,6 +116,11 @@ impl Restarts {
         }
     }
 
+    /// From now on by another policy.
+    pub fn follow(&mut self, policy: Policy) {
+        self.policy = policy;
+    }
+
     /// The container ended with `code` after `ran`: whether it starts again.
     pub fn again(&mut self, code: u32, ran: Duration) -> bool {
         if ran >= HEALTHY {

@@ -1,13 +1,14 @@
 //! Disks with an empty file system: the private, writable one of a container, and volumes.
 //!
-//! A file system is made once per kind and size, sparse, and kept as a template;
-//! each disk is a copy that shares its blocks with the template where the host's
-//! file system can, and is sparse anyway. The file's length is the hard limit of
-//! what can be written to it.
+//! A file system is made once per kind and size, and what is not zero of it is kept
+//! as a template: some hundred KiB, written to each disk at their places. All else
+//! of the file is a hole, on any file system of the host. The file's length is the
+//! hard limit of what can be written to it.
 
-use rustix::fs::{FlockOperation, Mode, OFlags, SeekFrom};
+use crate::fds;
+use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, SeekFrom};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -57,8 +58,8 @@ impl Kind {
     /// Part of a template's name: the number changes with the format.
     fn label(self) -> &'static str {
         match self {
-            Self::Scratch => "scratch-v1",
-            Self::Volume => "volume-v1",
+            Self::Scratch => "scratch-v2",
+            Self::Volume => "volume-v2",
         }
     }
 
@@ -88,6 +89,8 @@ fn journal_mib(size: u64) -> u64 {
     (size >> 26).clamp(4, 32)
 }
 
+/// No template is larger: superblocks, bitmaps and the first tables of a disk of 16 TiB.
+const MAX_TEMPLATE: u64 = 256 << 20;
 /// How the directory of a template in the making begins.
 const UNFINISHED: &str = ".new-";
 
@@ -145,8 +148,30 @@ pub fn checked_size(size: u64) -> Result<u64, ScratchError> {
 
 /// Makes `target`, a fresh disk of `size` bytes.
 pub fn create(kind: Kind, data_dir: &Path, size: u64, target: &Path) -> Result<(), ScratchError> {
-    let template = template(kind, data_dir, checked_size(size)?)?;
-    copy(&template, target)
+    let size = checked_size(size)?;
+    let template = template(kind, data_dir, size)?;
+    let parts = crate::files::read(&template, MAX_TEMPLATE).map_err(io_error("read", &template))?;
+    fill_new(target, |disk| {
+        rustix::fs::ftruncate(disk, size)?;
+        write_parts(&parts, disk, size)
+    })
+}
+
+/// Makes the file `target`; one that can't be filled is removed again.
+fn fill_new(
+    target: &Path,
+    fill: impl FnOnce(&OwnedFd) -> io::Result<()>,
+) -> Result<(), ScratchError> {
+    if let Some(parent) = target.parent() {
+        std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let disk = rustix::fs::open(target, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|e| io_error("create", target)(e.into()))?;
+    fill(&disk).map_err(|e| {
+        let _ = std::fs::remove_file(target);
+        io_error("write the disk", target)(e)
+    })
 }
 
 /// Makes `target`, a copy of the disk `from` that shares its blocks where the file system can, and has its holes.
@@ -156,19 +181,11 @@ pub fn copy(from: &Path, target: &Path) -> Result<(), ScratchError> {
     let size = rustix::fs::fstat(&original)
         .map_err(|e| io_error("look at", from)(e.into()))?
         .st_size as u64;
-    if let Some(parent) = target.parent() {
-        std::fs::create_dir_all(parent).map_err(io_error("create directory", parent))?;
-    }
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let copy = rustix::fs::open(target, flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|e| io_error("create", target)(e.into()))?;
-    let copied = match rustix::fs::ioctl_ficlone(&copy, &original) {
-        Ok(()) => Ok(()),
-        Err(_) => copy_sparse(&original, &copy, size),
-    };
-    copied.map_err(|e| {
-        let _ = std::fs::remove_file(target);
-        io_error("copy a disk to", target)(e)
+    fill_new(target, |copy| {
+        match rustix::fs::ioctl_ficlone(copy, &original) {
+            Ok(()) => Ok(()),
+            Err(_) => copy_sparse(&original, copy, size),
+        }
     })
 }
 
@@ -224,7 +241,7 @@ fn copy_by_hand(from: &OwnedFd, to: &OwnedFd, start: u64, end: u64) -> io::Resul
 /// The template of a size, made now if it isn't there.
 fn template(kind: Kind, data_dir: &Path, size: u64) -> Result<PathBuf, ScratchError> {
     let dir = data_dir.join("templates");
-    let path = dir.join(format!("{}-{size}.img", kind.label()));
+    let path = dir.join(format!("{}-{size}.parts", kind.label()));
     if path.exists() {
         return Ok(path);
     }
@@ -266,20 +283,26 @@ fn make_template(kind: Kind, work: &Path, size: u64, path: &Path) -> Result<(), 
         let dir = tree.join(name);
         std::fs::create_dir_all(&dir).map_err(io_error("create directory", &dir))?;
     }
-    let image = work.join("image");
-    let file = std::fs::File::create(&image).map_err(io_error("create", &image))?;
-    file.set_len(size).map_err(io_error("create", &image))?;
-    let output = mke2fs(&search_path())
+    // In memory, which knows its holes whatever file system the data directory is on.
+    let image = Path::new("the template, in memory");
+    let disk = rustix::fs::memfd_create("casemate-template", MemfdFlags::CLOEXEC)
+        .and_then(|disk| rustix::fs::ftruncate(&disk, size).map(|()| disk))
+        .map_err(|e| io_error("make", image)(e.into()))?;
+    let mut command = mke2fs(&search_path());
+    command
         .args(kind.format(size))
         .arg("-d")
         .arg(&tree)
-        .arg(&image)
+        .arg(format!("/proc/self/fd/{}", disk.as_raw_fd()))
         // An inode count and times that don't depend on the day.
         .env("E2FSPROGS_FAKE_TIME", "1")
-        .output()
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let output = fds::spawn_with(&mut command, &[disk.as_fd()])
+        .and_then(|child| child.wait_with_output())
         .map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => ScratchError::NoMke2fs,
-            _ => io_error("run mke2fs on", &image)(e),
+            _ => io_error("run mke2fs on", image)(e),
         })?;
     if !output.status.success() {
         return Err(ScratchError::Mke2fs {
@@ -287,7 +310,63 @@ fn make_template(kind: Kind, work: &Path, size: u64, path: &Path) -> Result<(), 
             message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         });
     }
-    std::fs::rename(&image, path).map_err(io_error("rename to", path))
+    let whole = work.join("parts");
+    let parts = parts_of(&disk).map_err(io_error("read", image))?;
+    std::fs::write(&whole, parts).map_err(io_error("write", &whole))?;
+    std::fs::rename(&whole, path).map_err(io_error("rename to", path))
+}
+
+/// What is not zero of a disk: for each part its place and length, little-endian, and its bytes.
+fn parts_of(disk: &OwnedFd) -> io::Result<Vec<u8>> {
+    let mut parts = Vec::new();
+    let mut at = 0;
+    loop {
+        let start = match rustix::fs::seek(disk, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(parts),
+            Err(e) => return Err(e.into()),
+        };
+        at = rustix::fs::seek(disk, SeekFrom::Hole(start))?;
+        let mut bytes = vec![0; (at - start) as usize];
+        let mut read = 0;
+        while read < bytes.len() {
+            match rustix::io::pread(disk, &mut bytes[read..], start + read as u64)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                got => read += got,
+            }
+        }
+        parts.extend(start.to_le_bytes());
+        parts.extend((bytes.len() as u64).to_le_bytes());
+        parts.extend(bytes);
+    }
+}
+
+/// Puts the parts where they belong on an empty disk of `size` bytes.
+fn write_parts(mut parts: &[u8], disk: &OwnedFd, size: u64) -> io::Result<()> {
+    let damaged = || {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "its template is damaged: remove it",
+        )
+    };
+    while let Some((place, rest)) = parts.split_first_chunk() {
+        let (length, rest) = rest.split_first_chunk().ok_or_else(damaged)?;
+        let (place, length) = (u64::from_le_bytes(*place), u64::from_le_bytes(*length));
+        let end = place.checked_add(length).filter(|end| *end <= size);
+        if end.is_none() || length > rest.len() as u64 {
+            return Err(damaged());
+        }
+        let (bytes, rest) = rest.split_at(length as usize);
+        let mut written = 0;
+        while written < bytes.len() {
+            written += rustix::io::pwrite(disk, &bytes[written..], place + written as u64)?;
+        }
+        parts = rest;
+    }
+    match parts.is_empty() {
+        true => Ok(()),
+        false => Err(damaged()),
+    }
 }
 
 /// Whether `mke2fs` can be run: each new size of scratch disks needs it.
@@ -340,6 +419,11 @@ pub fn dir_of(data_dir: &Path, state_dir: &Path) -> PathBuf {
     data_dir.join("scratch").join(format!("{hash:016x}"))
 }
 
+/// The writable layer of the container `id`.
+pub fn file_of(data_dir: &Path, state_dir: &Path, id: &str) -> PathBuf {
+    dir_of(data_dir, state_dir).join(format!("{id}.img"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,6 +444,29 @@ mod tests {
             .output()
             .unwrap();
         assert!(check.status.success(), "{check:?}");
+    }
+
+    #[test]
+    fn create_from_a_damaged_template_says_so_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("one.img");
+        create(Kind::Scratch, dir.path(), MIN_SIZE, &target).unwrap();
+        std::fs::remove_file(&target).unwrap();
+        let templates = dir.path().join("templates");
+        let template = std::fs::read_dir(&templates)
+            .unwrap()
+            .flatten()
+            .map(|e| e.path());
+        let template = template.filter(|p| p.extension().is_some_and(|e| e == "parts"));
+        let template = template.last().unwrap();
+        let whole = std::fs::read(&template).unwrap();
+        let far = [&u64::MAX.to_le_bytes()[..], &8_u64.to_le_bytes(), &[0; 8]].concat();
+        for damaged in [&whole[..whole.len() - 1], &whole[..20], &whole[..3], &far] {
+            std::fs::write(&template, damaged).unwrap();
+            let refused = create(Kind::Scratch, dir.path(), MIN_SIZE, &target).unwrap_err();
+            assert!(crate::rpc::chain(&refused).contains("damaged"), "{refused}");
+            assert!(!target.exists());
+        }
     }
 
     #[test]

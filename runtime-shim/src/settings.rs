@@ -58,6 +58,9 @@ struct File {
     memory: Option<String>,
     cpus: Option<u32>,
     storage_size: Option<String>,
+    network: Option<String>,
+    cni_dir: Option<PathBuf>,
+    passt: Option<PathBuf>,
     /// Registries, for the image store.
     registries: Option<toml::Table>,
     /// Limits, for the image store.
@@ -91,6 +94,12 @@ pub struct Settings {
     pub cpus: u32,
     /// Bytes of a container's writable layer when `--storage-size` isn't given.
     pub storage_size: u64,
+    /// The network of a container without `--network`; `None`: what the host can do.
+    pub network: Option<String>,
+    /// Where CNI plugins are; `None`: at a usual place.
+    pub cni_dir: Option<PathBuf>,
+    /// passt's binary; `None`: where Debian has it.
+    pub passt: Option<PathBuf>,
     /// The `[registries]` table, for the image store.
     pub registries: Option<toml::Table>,
     /// The `[image]` table, for the image store.
@@ -117,6 +126,18 @@ impl Settings {
         Self::from_file(file)
     }
 
+    /// Where CNI plugins are.
+    pub fn cni_dir(&self) -> PathBuf {
+        self.cni_dir.clone().unwrap_or_else(paths::cni_dir)
+    }
+
+    /// passt's binary.
+    pub fn passt(&self) -> PathBuf {
+        self.passt
+            .clone()
+            .unwrap_or_else(|| "/usr/bin/passt".into())
+    }
+
     fn from_file(file: File) -> Result<Self, SettingsError> {
         let install = paths::Install::of_current_exe().map_err(SettingsError::Install)?;
         let env = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty());
@@ -141,6 +162,9 @@ impl Settings {
             memory: bytes("memory", file.memory, DEFAULT_MEMORY)?,
             cpus: cpus(file.cpus)?,
             storage_size: bytes("storage_size", file.storage_size, DEFAULT_STORAGE)?,
+            network: file.network,
+            cni_dir: file.cni_dir,
+            passt: file.passt,
             registries: file.registries,
             image: file.image,
         })
@@ -179,6 +203,9 @@ fn merge(base: File, over: File) -> File {
         memory: over.memory.or(base.memory),
         cpus: over.cpus.or(base.cpus),
         storage_size: over.storage_size.or(base.storage_size),
+        network: over.network.or(base.network),
+        cni_dir: over.cni_dir.or(base.cni_dir),
+        passt: over.passt.or(base.passt),
         registries: over.registries.or(base.registries),
         image: over.image.or(base.image),
     }

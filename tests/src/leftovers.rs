@@ -9,7 +9,13 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 
 /// Programs whose relatives are a sandbox's too.
-const OURS: [&str; 3] = ["containerd-shim-casemate-v2", "casemate-vmm", "virtiofsd"];
+const OURS: [&str; 5] = [
+    "containerd-shim-casemate-v2",
+    "casemate-vmm",
+    "virtiofsd",
+    "passt",
+    "passt.avx2",
+];
 
 /// What is still there once nothing is, or once `patience` is over.
 pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -> Vec<String> {
@@ -25,6 +31,7 @@ pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -
             })
             .collect();
         found.extend(sandboxes(state));
+        found.extend(addresses(&state.join("addresses")));
         found.extend(disks(&data.join("scratch")));
         found.extend(mounts(dir));
         found.extend(cgroups(Path::new("/sys/fs/cgroup")));
@@ -42,6 +49,7 @@ fn sandboxes(state: &Path) -> Vec<String> {
     };
     namespaces
         .flatten()
+        .filter(|namespace| namespace.file_name() != "addresses")
         .flat_map(|namespace| {
             fs::read_dir(namespace.path())
                 .into_iter()
@@ -50,6 +58,18 @@ fn sandboxes(state: &Path) -> Vec<String> {
         })
         .filter(|sandbox| sandbox.path().is_dir() && sandbox.file_name() != "names")
         .map(|sandbox| sandbox.path().display().to_string())
+        .collect()
+}
+
+/// Addresses of networks that are in use: `addresses/<network>/<address>`, beside a lock and the last one given.
+fn addresses(dir: &Path) -> Vec<String> {
+    let networks = fs::read_dir(dir).into_iter().flatten().flatten();
+    networks
+        .flat_map(|network| fs::read_dir(network.path()).into_iter().flatten().flatten())
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().is_some_and(|name| name != "lock"))
+        .filter(|path| !path.to_string_lossy().contains("last_reserved_ip"))
+        .map(|path| path.display().to_string())
         .collect()
 }
 

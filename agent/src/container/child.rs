@@ -12,6 +12,7 @@ use super::become_user::{execute, prepare};
 use super::namespaces::{NEWNET, NEWPID, NEWUSER};
 use super::process::Plan;
 use super::root::{self, Layout};
+use super::tool::Job;
 use super::wire;
 use crate::error::{Attempt, Error, Result};
 use crate::seccomp::Filter;
@@ -30,6 +31,8 @@ pub(super) struct Child<'a> {
     pub(super) plan: &'a Plan,
     pub(super) filter: Option<&'a Filter>,
     pub(super) role: Role<'a>,
+    /// Instead of executing anything.
+    pub(super) job: Option<&'a Job>,
 }
 
 /// How the child gets into its container.
@@ -38,6 +41,8 @@ pub(super) enum Role<'a> {
     First(First<'a>),
     /// Joins these namespaces of the process behind the descriptor.
     Joins { first: &'a OwnedFd, namespaces: u64 },
+    /// Not at all.
+    Stays,
 }
 
 /// What the first process does.
@@ -67,9 +72,15 @@ pub(super) fn run(child: Child<'_>) -> ! {
             sys::exit(1);
         }
     };
-    let error = match enter(&child, &sync) {
-        Ok(ready) => execute(child.plan, &ready, child.filter),
-        Err(error) => error,
+    let error = match (enter(&child, &sync), child.job) {
+        (Ok(Some(ready)), _) => execute(child.plan, &ready, child.filter),
+        (Ok(None), Some(job)) => {
+            // As an execve would.
+            drop(sync);
+            sys::exit(job.run());
+        }
+        (Ok(None), None) => Error::invalid("there is nothing to run"),
+        (Err(error), _) => error,
     };
     let _ = wire::send_error(&sync, &error);
     sys::exit(1);
@@ -97,10 +108,11 @@ fn take_descriptors(child: &Child<'_>) -> Result<OwnedFd> {
     Ok(sys::adopt(SYNC))
 }
 
-fn enter(child: &Child<'_>, sync: &OwnedFd) -> Result<super::become_user::Ready> {
+/// `None`: a tool is to be run.
+fn enter(child: &Child<'_>, sync: &OwnedFd) -> Result<Option<super::become_user::Ready>> {
     let terminal = match &child.role {
         Role::First(first) => build(child, first, sync)?,
-        Role::Joins { .. } => {
+        Role::Joins { .. } | Role::Stays => {
             rustix::process::setsid().attempt(|| "start a session".into())?;
             if child.plan.terminal {
                 Some(root::open_terminal(false)?)
@@ -113,7 +125,13 @@ fn enter(child: &Child<'_>, sync: &OwnedFd) -> Result<super::become_user::Ready>
         take_terminal(child, terminal)?;
     }
     let make_cwd = matches!(child.role, Role::First(_));
-    let ready = prepare(child.plan, child.filter, make_cwd)?;
+    let ready = match child.job {
+        Some(_) => {
+            rustix::process::umask(Mode::empty());
+            None
+        }
+        None => Some(prepare(child.plan, child.filter, make_cwd)?),
+    };
     wire::send_ready(sync, terminal.as_ref().map(|t| &t.master))
         .attempt(|| "report to the agent".into())?;
     wire::await_go(sync).attempt(|| "wait for the start".into())?;

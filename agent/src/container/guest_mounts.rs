@@ -24,6 +24,14 @@ const MAX_FILE: usize = 1 << 20;
 pub(crate) struct GuestMounts {
     home: PathBuf,
     done: Vec<PathBuf>,
+    overlay: Option<Overlay>,
+}
+
+/// The directories of an overlay that has one lower.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Overlay {
+    pub(super) upper: PathBuf,
+    pub(super) lower: PathBuf,
 }
 
 impl GuestMounts {
@@ -32,7 +40,13 @@ impl GuestMounts {
         Self {
             home: Path::new(GUEST_RUN_DIR).join(id),
             done: Vec::new(),
+            overlay: None,
         }
+    }
+
+    /// The container's root, if that is an overlay.
+    pub(super) fn overlay(&self) -> Option<Overlay> {
+        self.overlay.clone()
     }
 
     /// Does `mounts`, then writes `files`.
@@ -100,8 +114,16 @@ impl GuestMounts {
             ..e
         })?;
         std::fs::create_dir_all(&target).attempt(what)?;
+        if request.type_ == "overlay" {
+            self.overlay = Some(Overlay::default());
+        }
         for layer in overlay {
             self.check_layers(layer)?;
+            match (self.overlay.as_mut(), layer.split_once('=')) {
+                (Some(overlay), Some(("upperdir", path))) => overlay.upper = path.into(),
+                (Some(overlay), Some(("lowerdir", path))) => overlay.lower = path.into(),
+                _ => {}
+            }
             options.data = [options.data.as_str(), layer]
                 .iter()
                 .filter(|s| !s.is_empty())

@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use super::child::{self, Child, Role};
 use super::namespaces::{NEWPID, id_map};
 use super::process::Plan;
+use super::tool::Job;
 use super::wire::{self, Report};
 use crate::conn::{Conn, Host};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -49,6 +50,8 @@ pub(super) struct Launch<'a> {
     pub(super) cgroup: std::os::fd::BorrowedFd<'a>,
     /// For a new user namespace.
     pub(super) id_maps: Option<(&'a [LinuxIdMapping], &'a [LinuxIdMapping])>,
+    /// Instead of executing anything.
+    pub(super) job: Option<&'a Job>,
 }
 
 /// The connections of a process's streams.
@@ -129,6 +132,7 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<Launched> {
         plan: launch.plan,
         filter: launch.filter,
         role: launch.role,
+        job: launch.job,
     };
     let (pid, pidfd) = fork(
         child,

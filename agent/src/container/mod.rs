@@ -10,6 +10,7 @@ mod options;
 mod process;
 mod root;
 mod spec;
+mod tool;
 mod user;
 mod volume;
 mod wire;
@@ -30,6 +31,7 @@ use self::launch::{Launch, Launched};
 use self::namespaces::{NEWCGROUP, NEWPID, NEWUSER, Namespaces};
 use self::root::Layout;
 use self::spec::{Process as SpecProcess, Spec};
+use self::tool::Job;
 use crate::cgroup::{Cgroup, Stats};
 use crate::conn::{Conn, Host};
 use crate::error::{Attempt, Error, Kind, Result};
@@ -85,6 +87,12 @@ pub(crate) struct Container {
     mounts: Mutex<GuestMounts>,
     first: Arc<Process>,
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+}
+
+/// What an added process does.
+enum Work {
+    Execute(Box<process::Plan>),
+    Tool(Job),
 }
 
 /// The spec, parsed and checked once.
@@ -344,25 +352,21 @@ impl Container {
         request: &agent::ExecRequest,
     ) -> Result<u32> {
         check_id(&request.exec_id)?;
-        let plan = process::Plan::of(
-            &parse(&request.process_json, "process")?,
-            &request.user,
-            Some(&self.blueprint.plan),
-        )?;
+        let work = self.work(request)?;
         if self.first.end.borrow().is_some() {
             return Err(Error::new(
                 Kind::State,
                 format!("container {} is not running", self.blueprint.id),
             ));
         }
-        if lock(&self.cgroup).is_frozen() {
+        if matches!(work, Work::Execute(_)) && lock(&self.cgroup).is_frozen() {
             return Err(Error::new(
                 Kind::State,
                 format!("container {} is paused: resume it first", self.blueprint.id),
             ));
         }
         self.reserve(&request.exec_id)?;
-        let result = self.exec_reserved(host, reaper, &plan, request).await;
+        let result = self.exec_reserved(host, reaper, &work, request).await;
         match result {
             Ok(process) => {
                 let pid = process.pid();
@@ -374,6 +378,20 @@ impl Container {
                 Err(error)
             }
         }
+    }
+
+    /// What an added process does.
+    fn work(&self, request: &agent::ExecRequest) -> Result<Work> {
+        if request.tool_json.is_empty() {
+            let process = parse(&request.process_json, "process")?;
+            let plan = process::Plan::of(&process, &request.user, Some(&self.blueprint.plan))?;
+            return Ok(Work::Execute(Box::new(plan)));
+        }
+        Ok(Work::Tool(Job {
+            tool: Job::parse(&request.tool_json)?,
+            overlay: lock(&self.mounts).overlay(),
+            pids: self.pids()?,
+        }))
     }
 
     /// Takes the id before anything is awaited, so that two requests can't share it.
@@ -399,32 +417,49 @@ impl Container {
         &self,
         host: &Host,
         reaper: &Reaper,
-        plan: &process::Plan,
+        work: &Work,
         request: &agent::ExecRequest,
     ) -> Result<Process> {
+        let no_plan = process::Plan::default();
+        let (plan, job) = match work {
+            Work::Execute(plan) => (&**plan, None),
+            Work::Tool(job) => (&no_plan, Some(job)),
+        };
+        let stays = job.is_some_and(Job::is_outside);
         let namespaces = self.blueprint.namespaces.all();
         let pid_namespace = match namespaces & NEWPID {
             0 => None,
-            _ => Some(open_namespace(&format!("/proc/{}/ns/pid", self.first.pid))?),
+            _ if stays => None,
+            _ => Some(open(&format!("/proc/{}/ns/pid", self.first.pid))?),
         };
-        let cgroup = lock(&self.cgroup)
-            .as_fd()
-            .try_clone_to_owned()
-            .attempt(|| "use the container's cgroup".into())?;
+        let cgroup = match job {
+            // A tool must go on where the container may be frozen.
+            Some(_) => open(crate::cgroup::ROOT)?,
+            None => lock(&self.cgroup)
+                .as_fd()
+                .try_clone_to_owned()
+                .attempt(|| "use the container's cgroup".into())?,
+        };
+        let role = match stays {
+            true => Role::Stays,
+            false => Role::Joins {
+                first: &self.first.pidfd,
+                namespaces,
+            },
+        };
         let launched = launch::launch(Launch {
             host,
             reaper,
             stdio: request.stdio.get_or_default(),
             plan,
-            filter: self.blueprint.filter.as_ref(),
-            role: Role::Joins {
-                first: &self.first.pidfd,
-                namespaces,
-            },
+            // A tool is not the container's code.
+            filter: self.blueprint.filter.as_ref().filter(|_| job.is_none()),
+            role,
             namespaces: 0,
             pid_namespace,
             cgroup: std::os::fd::AsFd::as_fd(&cgroup),
             id_maps: None,
+            job,
         })
         .await?;
         let process = Process::supervise(launched, &self.cgroup);
@@ -478,6 +513,9 @@ impl Container {
 
     /// Kills what is left of it and undoes all that was done for it.
     pub(crate) async fn destroy(&self) -> Result<()> {
+        for process in lock(&self.execs).values().flatten() {
+            let _ = process.kill(libc::SIGKILL); // tools are in no cgroup of the container's
+        }
         let empty = {
             let cgroup = lock(&self.cgroup);
             cgroup.kill()?;
@@ -500,7 +538,7 @@ async fn launch_first(
     let namespaces = &blueprint.namespaces;
     let pid_namespace = namespaces
         .joined(NEWPID)
-        .map(|path| open_namespace(&path.to_string_lossy()))
+        .map(|path| open(&path.to_string_lossy()))
         .transpose()?;
     // New namespaces must belong to the user namespace that the child joins first; a cgroup namespace
     // and a time namespace begin where the process is, so after it is there.
@@ -546,14 +584,15 @@ async fn launch_first(
         pid_namespace,
         cgroup: cgroup.as_fd(),
         id_maps,
+        job: None,
     })
     .await
 }
 
-fn open_namespace(path: &str) -> Result<OwnedFd> {
+fn open(path: &str) -> Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags};
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .attempt(|| format!("open namespace {path}"))
+        .attempt(|| format!("open {path}"))
 }
 
 impl Process {

@@ -18,7 +18,7 @@ use crate::sys::SchedAttr;
 const MAX_USER: usize = 256;
 
 /// Everything about a process but its namespaces, root and streams.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Plan {
     pub(crate) args: Vec<CString>,
     pub(crate) env: Vec<CString>,

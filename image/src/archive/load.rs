@@ -134,7 +134,8 @@ impl Store {
         )
     }
 
-    fn plain_manifest_of(&self, config: &Config) -> Result<Vec<u8>> {
+    /// The manifest that its layers would have uncompressed.
+    pub(crate) fn plain_manifest_of(&self, config: &Config) -> Result<Vec<u8>> {
         let sizes = config
             .diff_ids
             .iter()
@@ -268,7 +269,7 @@ const ROOM_EVERY: u64 = 4 << 20;
 const ROOM_LEFT: u64 = 256 << 20;
 
 /// Whether the disk still has a fiftieth of itself, or enough; the spool goes on only then.
-fn leaves_room(spool: &crate::store::Partial) -> Result<()> {
+pub(crate) fn leaves_room(spool: &crate::store::Partial) -> Result<()> {
     let disk = rustix::fs::fstatvfs(&spool.file)
         .map_err(|e| Error::io("cannot look at the disk of", &spool.path, e.into()))?;
     let bytes = |blocks: u64| blocks.saturating_mul(disk.f_frsize);

@@ -5,6 +5,7 @@ mod load;
 mod output;
 mod save;
 
+pub(crate) use load::leaves_room;
 pub(crate) use save::SavedLayer;
 
 use serde::{Deserialize, Serialize};

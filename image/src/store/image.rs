@@ -30,6 +30,9 @@ pub struct Image {
     pub layers: Vec<Digest>,
     /// The whole configuration.
     pub config: ImageConfiguration,
+    /// Docker's health check, which OCI's configuration doesn't know (moby, image specification 1.2, `Healthcheck`).
+    #[serde(skip)]
+    pub healthcheck: Option<serde_json::Value>,
 }
 
 /// The files that make up an image's root file system: laid end to end, each padded to 4 KiB, they are one EROFS disk.

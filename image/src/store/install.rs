@@ -132,7 +132,7 @@ impl Store {
     }
 
     /// Bytes of a layer's blob, if the store has it.
-    pub(crate) fn layer_bytes(&self, diff_id: &Digest) -> Option<u64> {
+    pub fn layer_bytes(&self, diff_id: &Digest) -> Option<u64> {
         std::fs::metadata(self.paths.layer(diff_id))
             .ok()
             .map(|metadata| metadata.len())

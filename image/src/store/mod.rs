@@ -13,6 +13,7 @@
 //! Lock order: use.lock, a file in tmp/, index.lock.
 
 mod collect;
+mod derive;
 mod files;
 mod image;
 mod index;
@@ -24,6 +25,8 @@ use std::path::Path;
 
 use oci_spec::distribution::Reference;
 use oci_spec::image::ImageConfiguration;
+use serde::Deserialize;
+use serde_json::Value;
 
 use crate::archive::SavedLayer;
 use crate::digest::Digest;
@@ -109,6 +112,7 @@ impl Store {
             size,
             layers,
         } = record;
+        let (config, healthcheck) = self.configuration(id)?;
         Ok(Image {
             id: *id,
             names: names.clone(),
@@ -118,11 +122,12 @@ impl Store {
             size: *size,
             platform: platform.clone(),
             layers: layers.clone(),
-            config: self.configuration(id)?,
+            config,
+            healthcheck,
         })
     }
 
-    fn configuration(&self, id: &Digest) -> Result<ImageConfiguration> {
+    fn configuration(&self, id: &Digest) -> Result<(ImageConfiguration, Option<Value>)> {
         let path = self.paths.document(id);
         let bytes = files::read(&path)?;
         let damaged = |reason: String| Error::Damaged {
@@ -132,8 +137,23 @@ impl Store {
         if Digest::of(&bytes) != *id {
             return Err(damaged("wrong digest".into()));
         }
-        serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))
+        let unreadable = |e: serde_json::Error| damaged(e.to_string());
+        let of_docker: OfDocker = serde_json::from_slice(&bytes).map_err(unreadable)?;
+        let config = serde_json::from_slice(&bytes).map_err(unreadable)?;
+        Ok((config, of_docker.config.and_then(|c| c.healthcheck)))
     }
+}
+
+/// What a configuration document holds beyond OCI's.
+#[derive(Deserialize)]
+struct OfDocker {
+    config: Option<DockerConfig>,
+}
+
+#[derive(Deserialize)]
+struct DockerConfig {
+    #[serde(rename = "Healthcheck")]
+    healthcheck: Option<Value>,
 }
 
 /// Names come before ids: an image may be called `beef`.

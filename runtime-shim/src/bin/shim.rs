@@ -1,19 +1,31 @@
 //! `containerd-shim-casemate-v2`: looks after one sandbox.
 
 use anyhow::{Context, bail};
-use casemate::fds;
 use casemate::shim::{Serve, ServeShare, run, serve_share};
+use casemate::{fds, network};
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some("--share") {
-        let Err(error) =
-            parse_share(std::env::args_os().skip(1)).and_then(|share| serve_share(&share));
-        eprintln!("{error:#}");
-        return ExitCode::FAILURE;
+    match std::env::args().nth(1).as_deref() {
+        Some("--share") => {
+            let Err(error) =
+                parse_share(std::env::args_os().skip(1)).and_then(|share| serve_share(&share));
+            eprintln!("{error:#}");
+            return ExitCode::FAILURE;
+        }
+        Some("--hold-network") => {
+            return match hold_network(std::env::args().skip(2)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
+        _ => {}
     }
     match parse(std::env::args().skip(1)).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,6 +96,19 @@ fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Serve
         listener: listener.context("--listen-fd is missing")?,
         read_only,
     })
+}
+
+/// `--hold-network CONTROL STREAM MAC [POLICY]`: the process that holds a user's network, by the numbers of two descriptors.
+fn hold_network(mut args: impl Iterator<Item = String>) -> anyhow::Result<()> {
+    let mut next = || {
+        let number = args.next().context("a descriptor's number is missing")?;
+        descriptor("--hold-network", &number)
+    };
+    let (control, stream) = (next()?, next()?);
+    let guest = args.next().context("the guest's MAC address is missing")?;
+    let guest = guest.parse().map_err(anyhow::Error::msg)?;
+    let policy = args.next().map(|text| serde_json::from_str(&text));
+    network::user::hold(control, stream, guest, policy.transpose()?)
 }
 
 fn descriptor(name: &str, text: &str) -> anyhow::Result<OwnedFd> {

@@ -1,5 +1,14 @@
 //! The command line's grammar. Names and meanings are Docker's where Docker has them.
 
+use super::commit::CommitArgs;
+use super::cp::CpArgs;
+use super::diff::DiffArgs;
+use super::events::EventsArgs;
+use super::health::HealthArgs;
+use super::network_args::{NetworkArgs, NetworkCommand};
+use super::system::SystemCommand;
+use super::top::TopArgs;
+use super::update::UpdateArgs;
 use crate::restart::Policy;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -33,8 +42,20 @@ pub(super) enum Command {
     Logs(LogsArgs),
     /// Take part in a running container: see its output, give it input
     Attach(AttachArgs),
+    /// Copy files into a container or out of it
+    Cp(CpArgs),
+    /// Show what a container changed of its image
+    Diff(DiffArgs),
+    /// Make an image of what a container changed
+    Commit(CommitArgs),
+    /// Show the processes of a container
+    Top(TopArgs),
     /// Show what running containers use
     Stats(StatsArgs),
+    /// Show what happens to containers and images, as it happens
+    Events(EventsArgs),
+    /// Change the limits of containers
+    Update(UpdateArgs),
     /// Give a container another name
     Rename(RenameArgs),
     /// Fetch an image from a registry
@@ -74,6 +95,16 @@ pub(super) enum Command {
     Unpause(ContainersArgs),
     /// Say whether this host can run microVMs, and what is missing
     Check(CheckArgs),
+    /// Look at the whole of it, and remove what nothing needs
+    #[command(subcommand)]
+    System(SystemCommand),
+    /// Show the host, the installation and what is there
+    Info(FormatArgs),
+    /// Show what ports of a container the host has
+    Port(PortArgs),
+    /// Manage networks
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Show the version
     Version(FormatArgs),
     /// Print a shell's completion script
@@ -112,7 +143,7 @@ pub(super) enum TimingFormat {
 }
 
 /// What a process gets, the container's first or a later one.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(super) struct ProcessArgs {
     /// Keep standard input open
     #[arg(short, long)]
@@ -231,6 +262,12 @@ pub(super) struct CreateArgs {
     /// Write the container's id to a file
     #[arg(long, value_name = "FILE")]
     pub(super) cidfile: Option<PathBuf>,
+    /// What tells whether it is well.
+    #[command(flatten)]
+    pub(super) health: HealthArgs,
+    /// Its network.
+    #[command(flatten)]
+    pub(super) network: NetworkArgs,
     /// The image
     pub(super) image: String,
     /// The command and its arguments
@@ -474,6 +511,15 @@ pub(super) struct PsArgs {
     /// Don't shorten ids and commands
     #[arg(long)]
     pub(super) no_trunc: bool,
+    /// Only those with: id, name, label, status, ancestor, exited, health, before or since
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(super) filter: Vec<String>,
+    /// Only the last so many, whatever they do
+    #[arg(short = 'n', long, value_name = "NUMBER")]
+    pub(super) last: Option<usize>,
+    /// Only the last one, whatever it does
+    #[arg(short, long, conflicts_with = "last")]
+    pub(super) latest: bool,
 }
 
 /// `casemate rm`
@@ -588,6 +634,9 @@ pub(super) struct ExecArgs {
     /// Give the process all capabilities
     #[arg(long)]
     pub(super) privileged: bool,
+    /// Leave the process to itself
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub(super) detach: bool,
     /// Name or id
     pub(super) container: String,
     /// The command and its arguments
@@ -623,6 +672,15 @@ pub(super) struct ContainersArgs {
     /// Names or ids
     #[arg(required = true)]
     pub(super) containers: Vec<String>,
+}
+
+/// `casemate port`
+#[derive(Debug, Args)]
+pub(super) struct PortArgs {
+    /// Name or id
+    pub(super) container: String,
+    /// Only this port of the container: PORT[/tcp|udp]
+    pub(super) port: Option<String>,
 }
 
 /// `casemate check`

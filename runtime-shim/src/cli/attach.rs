@@ -51,6 +51,7 @@ pub(super) async fn attach(settings: &Settings, args: &AttachArgs) -> Result<u8,
     let root = containers::state(settings)?;
     let running = Running::find(&root, &args.container)?;
     let from = From::now(settings, &running.container)?;
+    root.tell(&running.container.meta, "attach", []);
     let wishes = Wishes {
         input: !args.no_stdin,
         ends_input: false,

@@ -42,6 +42,15 @@ pub(super) struct Fifos {
 impl Fifos {
     /// Makes them in `dir`. A terminal has no stderr of its own.
     pub(super) fn make(dir: &Path, args: &ProcessArgs) -> anyhow::Result<Self> {
+        Self::wanted(dir, [args.interactive, true, !args.tty])
+    }
+
+    /// Those of a tool, which may read something.
+    pub(super) fn for_tool(dir: &Path, input: bool) -> anyhow::Result<Self> {
+        Self::wanted(dir, [input, true, true])
+    }
+
+    fn wanted(dir: &Path, wanted: [bool; 3]) -> anyhow::Result<Self> {
         let make = |name: &str, wanted: bool| -> anyhow::Result<String> {
             if !wanted {
                 return Ok(String::new());
@@ -49,10 +58,11 @@ impl Fifos {
             let path = streams::make_fifo(dir, name)?;
             Ok(path.to_str().context("the path is not UTF-8")?.to_owned())
         };
+        let [stdin, stdout, stderr] = wanted;
         Ok(Self {
-            stdin: make("stdin", args.interactive)?,
-            stdout: make("stdout", true)?,
-            stderr: make("stderr", !args.tty)?,
+            stdin: make("stdin", stdin)?,
+            stdout: make("stdout", stdout)?,
+            stderr: make("stderr", stderr)?,
         })
     }
 

@@ -10,8 +10,10 @@ use crate::state::{SOCKET, SandboxDir};
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::Message;
+use serde_json::Value;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,6 +22,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+/// The type of the Task API's limits.
+const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 /// Calls that only move bits around.
 const QUICK: Duration = Duration::from_secs(60);
 /// On top of the guest's own bound: opening, mounting, creating.
@@ -168,6 +172,21 @@ impl Client {
         let connection = UnixStream::connect(&socket.path)
             .with_context(|| format!("nobody serves the sandbox in {}", dir.display()))?;
         Self::new(connection)
+    }
+
+    /// Changes limits (`linux.resources` of the runtime spec).
+    pub(super) async fn update(&self, id: &str, resources: &Value) -> ttrpc::Result<()> {
+        let request = api::UpdateTaskRequest {
+            id: id.to_owned(),
+            resources: Some(Any {
+                type_url: RESOURCES_TYPE.to_owned(),
+                value: resources.to_string().into_bytes(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        self.task.update(quick(), &request).await.map(|_| ())
     }
 
     /// Starts a process.

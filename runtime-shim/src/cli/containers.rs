@@ -1,7 +1,9 @@
 //! `ps`, `rm`, `inspect`.
 
 use super::args::{InspectArgs, Kind, PsArgs, RenameArgs, RmArgs};
-use super::{create, data, images, lifecycle, output};
+use super::filter::Filters;
+use super::{create, data, images, lifecycle, network_view, output};
+use crate::health::{self, Health};
 use crate::settings::Settings;
 use crate::state::{Container, DEFAULT_NAMESPACE, Meta, State, StateRoot, now_ns};
 use crate::times;
@@ -33,8 +35,16 @@ fn status_text(container: &Container) -> String {
         State::Created => "Created".to_owned(),
         State::Running => {
             let up = since(status.started);
-            let paused = if status.paused { " (Paused)" } else { "" };
-            format!("Up {}{paused}", up.trim_end_matches(" ago"))
+            let more = match (&status.health, status.paused) {
+                (_, true) => " (Paused)",
+                (None, false) => "",
+                (Some(health), false) => match health.status {
+                    health::Status::Starting => " (health: starting)",
+                    health::Status::Healthy => " (healthy)",
+                    health::Status::Unhealthy => " (unhealthy)",
+                },
+            };
+            format!("Up {}{more}", up.trim_end_matches(" ago"))
         }
         State::Restarting => {
             format!(
@@ -71,6 +81,12 @@ pub(super) fn rename(settings: &Settings, args: &RenameArgs) -> anyhow::Result<(
     let root = state(settings)?;
     let container = root.find(&args.container)?;
     root.rename(&container, &args.name)?;
+    let old = [("oldName", container.meta.name.clone())];
+    let meta = Meta {
+        name: args.name.clone(),
+        ..container.meta
+    };
+    root.tell(&meta, "rename", old);
     Ok(())
 }
 
@@ -97,21 +113,68 @@ fn row(container: &Container, no_trunc: bool) -> Value {
         "CreatedAt": times::rfc3339(meta.created),
         "Status": status_text(container),
         "State": state_name(container),
-        "Ports": "",
+        "Ports": network_view::ports(container),
         "Names": meta.name,
         "Labels": labels.join(","),
         "Mounts": data::names(&meta.mounts),
     })
 }
 
+const FILTERS: [&str; 9] = [
+    "id", "name", "label", "status", "ancestor", "exited", "health", "before", "since",
+];
+
+fn fits(container: &Container, filters: &Filters) -> bool {
+    let (meta, status) = (&container.meta, &container.status);
+    let health = status.health.as_ref();
+    let health = health.map_or("none", |health| health.status.name());
+    filters.fits("id", |value| meta.id.starts_with(value))
+        && filters.fits("name", |value| {
+            meta.name.contains(value.trim_start_matches('/'))
+        })
+        && filters.fits("status", |value| state_name(container) == value)
+        && filters.fits("ancestor", |value| {
+            let id = meta.image_id.trim_start_matches("sha256:");
+            meta.image == value
+                || meta.image_id == value
+                || (value.len() >= 12 && id.starts_with(value))
+                || meta.image.strip_suffix(":latest") == Some(value)
+        })
+        && filters.fits("exited", |value| {
+            status.state == State::Exited && status.exit_code.to_string() == value
+        })
+        && filters.fits("health", |value| health == value)
+        && filters.fits_labels(|name| meta.labels.get(name).map(String::as_str))
+}
+
 /// `casemate ps`
 pub(super) fn ps(settings: &Settings, args: &PsArgs) -> anyhow::Result<()> {
-    let all = state(settings)?.containers()?;
-    let rows: Vec<Value> = all
-        .iter()
-        .filter(|c| args.all || c.status.state.is_alive())
-        .map(|c| row(c, args.no_trunc))
-        .collect();
+    let filters = Filters::parse(&args.filter, &FILTERS)?;
+    let root = state(settings)?;
+    let mut all = root.containers()?;
+    let when = |key: &str| -> anyhow::Result<Option<u64>> {
+        let name = filters.of(key).last();
+        Ok(name
+            .map(|name| root.find(name))
+            .transpose()?
+            .map(|c| c.meta.created))
+    };
+    let (before, since) = (when("before")?, when("since")?);
+    all.retain(|c| {
+        before.is_none_or(|then| c.meta.created < then)
+            && since.is_none_or(|then| c.meta.created > then)
+            && fits(c, &filters)
+    });
+    let last = if args.latest { Some(1) } else { args.last };
+    // Who asks for an ended one by its state sees it.
+    let ended_too = args.all
+        || last.is_some()
+        || ["status", "exited"]
+            .iter()
+            .any(|k| !filters.of(k).is_empty());
+    all.retain(|c| ended_too || c.status.state.is_alive());
+    all.truncate(last.unwrap_or(usize::MAX));
+    let rows: Vec<Value> = all.iter().map(|c| row(c, args.no_trunc)).collect();
     if args.quiet {
         return output::print(Some("{{.ID}}"), "CONTAINER", &[], &rows);
     }
@@ -137,6 +200,22 @@ pub(super) async fn rm(settings: &Settings, args: &RmArgs) -> anyhow::Result<()>
     .await
 }
 
+fn inspected_health(health: &Health) -> Value {
+    let log = health.log.iter().map(|outcome| {
+        json!({
+            "Start": times::rfc3339(outcome.start),
+            "End": times::rfc3339(outcome.end),
+            "ExitCode": outcome.exit_code,
+            "Output": outcome.output,
+        })
+    });
+    json!({
+        "Status": health.status,
+        "FailingStreak": health.failing_streak,
+        "Log": log.collect::<Vec<_>>(),
+    })
+}
+
 /// What `inspect` shows of a container, in Docker's shape.
 fn inspected(container: &Container) -> Value {
     let (meta, status) = (&container.meta, &container.status);
@@ -148,6 +227,7 @@ fn inspected(container: &Container) -> Value {
         Some((path, args)) => (path.clone(), args.to_vec()),
         None => (String::new(), Vec::new()),
     };
+    let (network, host_network) = network_view::settings(container);
     json!({
         "Id": meta.id,
         "Name": meta.name,
@@ -166,6 +246,7 @@ fn inspected(container: &Container) -> Value {
             "Error": status.error,
             "StartedAt": time(status.started),
             "FinishedAt": time(status.finished),
+            "Health": status.health.as_ref().map(inspected_health),
         },
         "Config": {
             "Image": meta.image,
@@ -175,6 +256,7 @@ fn inspected(container: &Container) -> Value {
             "OpenStdin": meta.interactive,
             "StopSignal": meta.stop_signal,
             "StopTimeout": meta.stop_timeout,
+            "Healthcheck": meta.health,
         },
         "Mounts": data::inspected(&meta.mounts),
         "RestartCount": status.restarts,
@@ -183,7 +265,10 @@ fn inspected(container: &Container) -> Value {
             "ReadonlyRootfs": meta.read_only,
             "RestartPolicy": {"Name": meta.restart.name(), "MaximumRetryCount": meta.restart.times()},
             "LogConfig": log_config(meta),
+            "NetworkMode": host_network["NetworkMode"],
+            "PortBindings": host_network["PortBindings"],
         },
+        "NetworkSettings": network,
     })
 }
 

@@ -2,7 +2,9 @@
 
 use super::args::{CreateArgs, LogDriver, TimingFormat};
 use super::run::Failure;
-use super::{containers, data, env, images, output, signals, spec, terminal};
+use super::{
+    containers, data, env, health, images, network_options, output, signals, spec, terminal,
+};
 use crate::journal::Taken;
 use crate::log;
 use crate::plan::{self, Host};
@@ -68,12 +70,14 @@ pub(super) async fn make(
     let labels = labels(args)?;
     let mounts = data::wishes(args)?;
     let cidfile = args.cidfile.as_deref().map(IdFile::new).transpose()?;
+    let mut network = network_options::wish(settings, &args.network)?;
     let root = containers::state(settings)?;
 
     let wanted = args.platform.as_deref();
     let (store, image) = images::for_run(settings, &args.image, args.pull, wanted).await?;
     let rootfs = store.rootfs(&image)?;
 
+    network_options::publish_exposed(&args.network, network.as_mut(), &image.config)?;
     let data = data::gather(settings, &root, args, mounts, &image.config)?;
     let id = new_id()?;
     let bundle = root.path_of(&id);
@@ -83,16 +87,19 @@ pub(super) async fn make(
         env: given_env,
         console: terminal::size(),
         timing: wishes.timing,
+        network: network.is_some(),
         data: &data,
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();
     let meta = Meta {
+        health: health::check(&args.health, &image)?,
         mounts: data.points.clone(),
         ..meta(args, &image, &id, &spec, labels, log)
     };
     let dir = root.create(&meta)?;
-    let filled = write_bundle(dir.path(), &spec, &hostname)
+    let files = network_options::files(settings, &args.network, network.as_ref(), &hostname)?;
+    let filled = write_bundle(dir.path(), &spec, &hostname, files)
         .and_then(|()| make_scratch(settings, &meta, &dir, storage))
         .and_then(|()| make_log(settings, &meta, &dir))
         .and_then(|()| data.make(settings, &dir.journal()))
@@ -102,6 +109,7 @@ pub(super) async fn make(
         let _ = dir.remove();
         return Err(error);
     }
+    root.tell(&meta, "create", []);
     Ok(Made { meta, dir, rootfs })
 }
 
@@ -273,6 +281,7 @@ fn meta(
         interactive: args.process.interactive,
         tty: args.process.tty,
         read_only: args.read_only,
+        health: None,
         labels: image_labels
             .unwrap_or_default()
             .into_iter()
@@ -282,19 +291,17 @@ fn meta(
     }
 }
 
-fn write_bundle(dir: &Path, spec: &Value, hostname: &str) -> anyhow::Result<()> {
-    let hosts = format!(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n"
-    );
-    let resolv = std::fs::read("/etc/resolv.conf").unwrap_or_default();
-    let config = serde_json::to_vec(spec)?;
-    let hostname = format!("{hostname}\n");
-    let files: [(&str, &[u8]); 4] = [
-        ("config.json", &config),
-        ("hosts", hosts.as_bytes()),
-        ("hostname", hostname.as_bytes()),
-        ("resolv.conf", &resolv),
+fn write_bundle(
+    dir: &Path,
+    spec: &Value,
+    hostname: &str,
+    of_network: Vec<(&'static str, Vec<u8>)>,
+) -> anyhow::Result<()> {
+    let mut files = vec![
+        ("config.json", serde_json::to_vec(spec)?),
+        ("hostname", format!("{hostname}\n").into_bytes()),
     ];
+    files.extend(of_network);
     for (name, bytes) in files {
         let path = dir.join(name);
         std::fs::write(&path, bytes).with_context(|| format!("can't write {}", path.display()))?;
@@ -304,7 +311,7 @@ fn write_bundle(dir: &Path, spec: &Value, hostname: &str) -> anyhow::Result<()> 
 
 /// Where a container's writable layer is.
 pub(super) fn scratch_file(settings: &Settings, id: &str) -> PathBuf {
-    scratch::dir_of(&settings.data_dir, &settings.state_dir).join(format!("{id}.img"))
+    scratch::file_of(&settings.data_dir, &settings.state_dir, id)
 }
 
 fn make_scratch(

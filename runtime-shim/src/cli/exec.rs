@@ -12,13 +12,27 @@ use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The type of the Task API's process specs.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 
 /// The FIFOs of one added process; they go with it.
-struct StreamsDir(PathBuf);
+pub(super) struct StreamsDir(PathBuf);
+
+impl StreamsDir {
+    /// For a process with this id.
+    pub(super) fn new(container_dir: &Path, id: &str) -> anyhow::Result<Self> {
+        let dir = container_dir.join(format!("exec-{}", &id[..12]));
+        std::fs::create_dir(&dir).with_context(|| format!("can't make {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+
+    /// Its path.
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
 
 impl Drop for StreamsDir {
     fn drop(&mut self) {
@@ -40,43 +54,76 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
         container: &container.meta.id,
         exec: &id,
     };
-    let dir = StreamsDir(container.dir.join(format!("exec-{}", &id[..12])));
-    std::fs::create_dir(&dir.0).with_context(|| format!("can't make {}", dir.0.display()))?;
-    let fifos = Fifos::make(&dir.0, &args.process)?;
+    if args.detach {
+        let request = request(
+            &Fifos::default(),
+            false,
+            PROCESS_TYPE,
+            serde_json::to_vec(&process)?,
+        );
+        let added = client.exec(exec_id, request).await;
+        added.map_err(run::not_started)?;
+        client.start(exec_id).await.map_err(run::not_started)?;
+        root.tell(&container.meta, "exec_start", [("execID", id.clone())]);
+        return Ok(0);
+    }
+    let dir = StreamsDir::new(&container.dir, &id)?;
+    let fifos = Fifos::make(dir.path(), &args.process)?;
     let mut streams = Attached::open(&fifos)?;
     let raw = terminal::Raw::enter_for(&args.process)?;
-    let request = api::ExecProcessRequest {
-        terminal: args.process.tty,
-        stdin: fifos.stdin,
-        stdout: fifos.stdout,
-        stderr: fifos.stderr,
-        spec: Some(Any {
-            type_url: PROCESS_TYPE.to_owned(),
-            value: serde_json::to_vec(&process)?,
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
-    };
+    let process = serde_json::to_vec(&process)?;
+    let request = request(&fifos, args.process.tty, PROCESS_TYPE, process);
     client
         .exec(exec_id, request)
         .await
         .map_err(run::not_started)?;
     client.start(exec_id).await.map_err(run::not_started)?;
     streams.shim_is_there();
+    let exec = [("execID", id.clone())];
+    root.tell(&container.meta, "exec_start", exec);
     let ended = attend::attend(&client, exec_id, streams, &mut signals).await;
     drop(raw);
     // A container that ends with the process has forgotten it already.
     let _ = client.delete(exec_id).await;
-    Ok(ended?.code())
+    let code = ended?.code();
+    let exec = [("execID", id.clone()), ("exitCode", code.to_string())];
+    root.tell(&container.meta, "exec_die", exec);
+    Ok(code)
+}
+
+/// The request that adds a process.
+pub(super) fn request(
+    fifos: &Fifos,
+    terminal: bool,
+    type_url: &str,
+    value: Vec<u8>,
+) -> api::ExecProcessRequest {
+    let spec = Any {
+        type_url: type_url.to_owned(),
+        value,
+        ..Default::default()
+    };
+    api::ExecProcessRequest {
+        terminal,
+        stdin: fifos.stdin.clone(),
+        stdout: fifos.stdout.clone(),
+        stderr: fifos.stderr.clone(),
+        spec: Some(spec).into(),
+        ..Default::default()
+    }
+}
+
+/// What a container was made from.
+pub(super) fn spec_of(container: &Container) -> anyhow::Result<Value> {
+    let path = container.dir.join("config.json");
+    let text = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not an OCI runtime spec", path.display()))
 }
 
 /// The container's own process, changed as asked.
 fn process(container: &Container, args: &ExecArgs) -> anyhow::Result<Value> {
-    let path = container.dir.join("config.json");
-    let text = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
-    let spec: Value = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not an OCI runtime spec", path.display()))?;
+    let spec = spec_of(container)?;
     let of_container = &spec["process"];
     let strings = |value: &Value| -> Vec<String> {
         let items = value.as_array().into_iter().flatten();

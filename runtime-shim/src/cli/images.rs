@@ -5,9 +5,10 @@ use super::args::{
 };
 use super::outfile::OutFile;
 use super::{containers, output, progress};
+use crate::events::{Event, Events, Kind};
 use crate::settings::Settings;
 use crate::size::Human;
-use crate::state::{Container, now_ns};
+use crate::state::{Container, DEFAULT_NAMESPACE, now_ns};
 use crate::times;
 use anyhow::{Context, bail};
 use casemate_image::{
@@ -25,13 +26,20 @@ struct ImageTable {
     limits: Limits,
 }
 
+/// Tells what happened to an image, by its name as the user gave it.
+fn tell(settings: &Settings, action: &str, id: &str, name: &str) {
+    let namespace = settings.state_dir.join(DEFAULT_NAMESPACE);
+    let attributes = [("name", name.to_owned())];
+    Events::of(&namespace).tell(&Event::now(Kind::Image, action, id, attributes));
+}
+
 /// Opens the store.
 pub(super) fn store(settings: &Settings) -> anyhow::Result<Store> {
     Store::open(&settings.data_dir).context("can't open the image store")
 }
 
 /// The store, to take images away from: those that containers were made from are kept.
-fn store_in_use(settings: &Settings) -> anyhow::Result<Store> {
+pub(super) fn store_in_use(settings: &Settings) -> anyhow::Result<Store> {
     let containers = containers::state(settings)?.containers()?;
     let needed = containers.into_iter().filter_map(|Container { meta, .. }| {
         let id: Digest = meta.image_id.parse().ok()?;
@@ -40,7 +48,8 @@ fn store_in_use(settings: &Settings) -> anyhow::Result<Store> {
     Ok(store(settings)?.keeping(needed.collect()))
 }
 
-fn limits(settings: &Settings) -> anyhow::Result<Limits> {
+/// What images may cost, by the configuration.
+pub(super) fn limits(settings: &Settings) -> anyhow::Result<Limits> {
     let Some(table) = settings.image.clone() else {
         return Ok(Limits::default());
     };
@@ -129,7 +138,9 @@ async fn pull_into(
         progress: progress::choose(quiet),
         ..PullOptions::default()
     };
-    Ok(store.pull(&parse_reference(name)?, &options).await?)
+    let image = store.pull(&parse_reference(name)?, &options).await?;
+    tell(settings, "pull", name, name);
+    Ok(image)
 }
 
 /// `casemate pull`
@@ -162,6 +173,7 @@ pub(super) async fn load(settings: &Settings, args: &LoadArgs) -> anyhow::Result
             names => names.to_vec(),
         };
         for name in names {
+            tell(settings, "load", &image.id.to_string(), &name);
             text.push_str(&format!("{lead}{name}\n"));
         }
     }
@@ -215,7 +227,8 @@ fn save_archive(
 
 /// `casemate tag`
 pub(super) fn tag(settings: &Settings, args: &TagArgs) -> anyhow::Result<()> {
-    store(settings)?.tag(&args.source, &parse_reference(&args.target)?)?;
+    let image = store(settings)?.tag(&args.source, &parse_reference(&args.target)?)?;
+    tell(settings, "tag", &image.id.to_string(), &args.target);
     Ok(())
 }
 
@@ -226,9 +239,11 @@ pub(super) fn rmi(settings: &Settings, args: &RmiArgs) -> anyhow::Result<()> {
         let removed = store.remove(name, args.force)?;
         let mut text = String::new();
         for name in removed.untagged {
+            tell(settings, "untag", &name, &name);
             text.push_str(&format!("Untagged: {name}\n"));
         }
         for id in removed.deleted {
+            tell(settings, "delete", &id.to_string(), name);
             text.push_str(&format!("Deleted: {id}\n"));
         }
         output::write(&text)?;
@@ -236,22 +251,25 @@ pub(super) fn rmi(settings: &Settings, args: &RmiArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Asks whether `what` may be removed.
+pub(super) fn confirm(what: &str) -> anyhow::Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        bail!("there is no terminal to ask on; use --force");
+    }
+    eprint!("This removes {what}. Go on? [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
 /// `casemate prune`
 pub(super) fn prune(settings: &Settings, args: &PruneArgs) -> anyhow::Result<()> {
-    if !args.force {
-        if !std::io::stdin().is_terminal() {
-            bail!("there is no terminal to ask on; use --force");
-        }
-        let what = match args.all {
-            true => "every image that no container uses",
-            false => "all images without a name",
-        };
-        eprint!("This removes {what}. Go on? [y/N] ");
-        let mut answer = String::new();
-        std::io::stdin().read_line(&mut answer)?;
-        if !matches!(answer.trim(), "y" | "Y" | "yes") {
-            return Ok(());
-        }
+    let what = match args.all {
+        true => "every image that no container uses",
+        false => "all images without a name",
+    };
+    if !args.force && !confirm(what)? {
+        return Ok(());
     }
     let pruned = store_in_use(settings)?.prune(args.all)?;
     let mut text = String::new();
@@ -330,7 +348,10 @@ pub(super) fn images(settings: &Settings, args: &ImagesArgs) -> anyhow::Result<(
 
 /// What `inspect` shows of an image, in Docker's shape.
 pub(super) fn inspected(image: &Image) -> anyhow::Result<Value> {
-    let config = serde_json::to_value(&image.config)?;
+    let mut config = serde_json::to_value(&image.config)?;
+    if let Some(check) = &image.healthcheck {
+        config["config"]["Healthcheck"] = check.clone();
+    }
     Ok(json!({
         "Id": image.id,
         "RepoTags": image.names,

@@ -110,6 +110,8 @@ pub(super) async fn kill(settings: &Settings, args: &KillArgs) -> anyhow::Result
             running.container.mark_ending()?;
         }
         running.signal(signal).await?;
+        let number = [("signal", signal.to_string())];
+        root.tell(&running.container.meta, "kill", number);
         Ok(name.to_owned())
     })
     .await
@@ -154,6 +156,7 @@ pub(super) async fn stop_one(
         }
         tokio::time::sleep(SETTLES).await;
     }
+    root.tell(&container.meta, "stop", []);
     Ok(())
 }
 

@@ -16,8 +16,9 @@ use std::time::Duration;
 pub(super) async fn logs(settings: &Settings, args: &LogsArgs) -> anyhow::Result<()> {
     let now = now_ns();
     let parse = |name: &str, text: &Option<String>| -> anyhow::Result<Option<u64>> {
-        let time = text.as_deref().map(|text| point_in_time(text, now));
-        time.transpose().with_context(|| name.to_owned())
+        text.as_deref()
+            .map(|text| time(name, text, now))
+            .transpose()
     };
     let since = parse("--since", &args.since)?.unwrap_or(0);
     let until = parse("--until", &args.until)?.unwrap_or(u64::MAX);
@@ -71,6 +72,11 @@ pub(super) async fn logs(settings: &Settings, args: &LogsArgs) -> anyhow::Result
     };
     let left = Duration::from_nanos(until.saturating_sub(now_ns()));
     tokio::time::timeout(left, follow).await.unwrap_or(Ok(()))
+}
+
+/// The value of a time's option.
+pub(super) fn time(option: &str, text: &str, now: u64) -> anyhow::Result<u64> {
+    point_in_time(text, now).with_context(|| option.to_owned())
 }
 
 /// A time, or an age counted back from `now`, as nanoseconds since the epoch.

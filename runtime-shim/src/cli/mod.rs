@@ -6,32 +6,48 @@ mod attend;
 mod caps;
 mod check;
 mod client;
+mod commit;
 mod containers;
+mod cp;
 mod create;
 mod data;
 mod detach_keys;
+mod diff;
 mod docs;
 mod env;
+mod events;
 mod exec;
+mod filter;
 mod follow;
+mod health;
 mod images;
 mod initcalls;
 mod kernel_log;
 mod lifecycle;
 mod logs;
 mod mounts;
+mod network_args;
+mod network_options;
+mod network_view;
+mod networks;
 mod outfile;
 mod output;
 mod progress;
+mod publish;
+mod resolv;
 mod run;
 mod signals;
 mod spec;
 mod start;
 mod stats;
 mod streams;
+mod system;
 mod template;
 mod terminal;
 mod timing;
+mod tools;
+mod top;
+mod update;
 mod volumes;
 
 use crate::settings::Settings;
@@ -99,7 +115,15 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Restart(args) => done(blocking(start::restart(&settings, &args))),
         Command::Logs(args) => done(blocking(logs::logs(&settings, &args))),
         Command::Attach(args) => or_1(blocking_code(attach::attach(&settings, &args))),
+        Command::Cp(args) => done(blocking(cp::cp(&settings, &args))),
+        Command::Commit(args) => done(blocking(commit::commit(&settings, &args))),
+        Command::Diff(args) => done(blocking(diff::diff(&settings, &args))),
+        Command::Top(args) => or_1(blocking_code(top::top(&settings, &args))),
         Command::Stats(args) => done(blocking(stats::stats(&settings, &args))),
+        Command::Events(args) => done(blocking(events::events(&settings, &args))),
+        Command::Update(args) => done(blocking(update::update(&settings, &args))),
+        Command::System(command) => done(system::system(&settings, &command)),
+        Command::Info(args) => done(system::info(&settings, &args)),
         Command::Rename(args) => done(containers::rename(&settings, &args)),
         Command::Pull(args) => done(blocking(images::pull(&settings, &args))),
         Command::Load(args) => done(blocking(images::load(&settings, &args))),
@@ -118,6 +142,8 @@ fn dispatch(command: Command, begun: u64) -> Result<u8, run::Failure> {
         Command::Wait(args) => done(blocking(lifecycle::wait(&settings, &args))),
         Command::Pause(args) => done(blocking(lifecycle::pause(&settings, &args))),
         Command::Unpause(args) => done(blocking(lifecycle::unpause(&settings, &args))),
+        Command::Port(args) => done(network_view::port(&settings, &args)),
+        Command::Network(command) => done(networks::run(&settings, &command)),
         Command::Check(args) => match check::check(&settings, &args) {
             Ok(well) => Ok(u8::from(!well)),
             Err(error) => done(Err(error)),

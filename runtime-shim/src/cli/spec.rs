@@ -5,6 +5,7 @@
 use super::args::{CreateArgs, TimingFormat};
 use super::data::Data;
 use super::{caps, env};
+use crate::network::NETNS;
 use crate::plan::USER_ANNOTATION;
 use crate::shim::timing;
 use crate::size;
@@ -55,6 +56,8 @@ pub(super) struct Given<'a> {
     pub(super) console: Option<(u16, u16)>,
     /// The times of the start are wanted.
     pub(super) timing: Option<TimingFormat>,
+    /// It is on networks.
+    pub(super) network: bool,
     /// Volumes and the like.
     pub(super) data: &'a Data,
 }
@@ -294,6 +297,10 @@ pub(super) fn build(
         None => {}
     }
     let namespaces = ["pid", "ipc", "uts", "mount", "cgroup"].map(|n| json!({"type": n}));
+    let netns = given
+        .network
+        .then(|| json!({"type": "network", "path": given.bundle.join(NETNS)}));
+    let namespaces: Vec<Value> = namespaces.into_iter().chain(netns).collect();
     Ok(json!({
         "ociVersion": "1.2.0",
         "process": process,
@@ -330,6 +337,7 @@ mod tests {
             env: args.process.env.clone(),
             console: Some((24, 80)),
             timing: None,
+            network: false,
             data: &Data::default(),
         };
         let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;

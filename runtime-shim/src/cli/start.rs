@@ -9,6 +9,7 @@ use super::run::{Failure, not_started};
 use super::{attach, containers, images, lifecycle};
 use crate::settings::Settings;
 use crate::state::{Container, SandboxDir, State, StateRoot};
+use crate::update;
 use anyhow::{Context, bail};
 use casemate_image::RootfsDisk;
 use containerd_shim_protos::api;
@@ -81,6 +82,7 @@ pub(super) fn again(
     // It may have been removed while we waited for it.
     let Container { meta, .. } = root.find(&container.meta.id)?;
     dir.forget_run()?;
+    update::settle(dir.path()).context("can't apply the limits that the container was given")?;
     let store = images::store(settings)?;
     let image = store
         .find(&meta.image_id)?
@@ -140,6 +142,7 @@ pub(super) async fn restart(settings: &Settings, args: &StopArgs) -> anyhow::Res
         }
         lifecycle::stop_one(root, name, args.timeout).await?;
         start_one(settings, root, name).await?;
+        root.tell(&container.meta, "restart", []);
         Ok(name.to_owned())
     })
     .await

@@ -5,7 +5,7 @@
 //! In the spec a volume is a mount of an ext4 image, as mount(8) would take it: type `ext4`, the image as the source.
 //! The guest gets the image as a disk; what the container sees is the directory `data` in it.
 
-use super::{CopiedFile, Disk, Found, PlanError, Share};
+use super::{CopiedFile, Disk, Found, PlanError, Share, file_target, without_netns};
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
 use oci_spec::runtime::{Mount, Spec};
@@ -72,6 +72,7 @@ pub(super) fn outside(
     }
     let mut spec = spec.clone();
     spec.set_mounts(Some(mounts));
+    without_netns(&mut spec);
     let (disks, of_disks): (Vec<_>, Vec<_>) = all.disks.into_iter().unzip();
     let (shares, of_shares): (Vec<_>, Vec<_>) = all.shares.into_iter().unzip();
     Ok(Outside {
@@ -116,7 +117,7 @@ impl Gathered<'_> {
             .strip_prefix(self.bundle)
             .is_ok_and(|rest| rest.components().all(|c| matches!(c, Component::Normal(_))));
         if in_bundle {
-            let target = format!("{GUEST_RUN_DIR}/{}/file{index}", self.id);
+            let target = file_target(self.id, index);
             mount.set_source(Some(target.clone().into()));
             self.files.push(CopiedFile { source, target });
             return Ok(());

@@ -177,6 +177,7 @@ macro_rules! quick_calls {
 
 quick_calls! {
     online_cpus, "OnlineCpus", OnlineCpusRequest -> Empty;
+    set_network, "SetNetwork", NetworkRequest -> Empty;
     start_container, "StartContainer", StartContainerRequest -> StartContainerResponse;
     delete_container, "DeleteContainer", ContainerRequest -> Empty;
     exec, "Exec", ExecRequest -> ExecResponse;

@@ -2,11 +2,14 @@
 
 use super::agent::CallError;
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
-use super::process::{Exit, Life, Process};
+use super::network::{self, Attaching, Kept, NetworkFailure};
+use super::process::{Exit, Life, Process, Work};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
+use crate::fds;
 use crate::files;
+use crate::journal::Journal;
 use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
@@ -17,6 +20,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::io::Interest;
 
 /// A config.json beyond this doesn't fit into a message to the agent.
 const MAX_SPEC: u64 = 2 << 20;
@@ -66,6 +70,9 @@ pub(super) enum ContainerError {
     /// The VMM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkFailure),
     /// Too many processes.
     #[error("a container can have at most {MAX_EXECS} added processes")]
     TooManyExecs,
@@ -93,6 +100,12 @@ pub(super) struct Container {
     /// Lock order: never held across an await.
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     timing: Mutex<Option<Timing>>,
+    /// Where its network stands, if it has one.
+    network: Option<Journal>,
+    /// What it has of the host for as long as it runs.
+    kept: Mutex<Kept>,
+    /// Why the sandbox was ended by us.
+    ended_for: Mutex<Option<&'static str>>,
     observer: Arc<dyn Observer>,
 }
 
@@ -134,21 +147,32 @@ impl Container {
             plan::look,
         )?;
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
-        let request = create_request(&id, &plan)?;
+        let mut request = create_request(&id, &plan)?;
         let (streams, ends) = Streams::open(&paths, log)?;
-        let init = Arc::new(Process::new(String::new(), paths, Vec::new()));
+        let init = Arc::new(Process::new(String::new(), paths, Work::First));
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
 
-        let (sandbox, mut stdio) = Sandbox::start(&plan, first, &launch).await?;
+        let netns = plan.netns.as_ref();
+        let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &launch));
+        let network = network.transpose()?;
+        let (sandbox, mut stdio) = Sandbox::start(&plan, first, network.as_ref(), &launch).await?;
         (stdio.rows, stdio.cols) = console_size(&spec);
-        let request = proto::CreateContainerRequest {
-            stdio: Some(stdio).into(),
-            ..request
+        request.stdio = Some(stdio).into();
+        let mut kept = Kept::default();
+        let created = async {
+            if let Some(network) = network {
+                let told = network.ready().await?;
+                sandbox.agent.set_network(&told.request).await?;
+                network::add_to_hosts(&mut request, &spec, &told.ips);
+                kept = told.kept;
+            }
+            sandbox.agent.create_container(&request).await?;
+            Ok(())
         };
-        if let Err(error) = sandbox.agent.create_container(&request).await {
+        if let Err(error) = created.await {
             sandbox.stop(true).await;
-            return Err(error.into());
+            return Err(error);
         }
         let timing = wants_timing.then(|| Timing {
             shim_main,
@@ -159,15 +183,43 @@ impl Container {
             created: monotonic_ns(),
             ..Timing::default()
         });
-        Ok(Arc::new(Self {
+        let container = Arc::new(Self {
             id,
             bundle,
             init,
             sandbox,
             execs: Mutex::default(),
             timing: Mutex::new(timing),
+            network: plan.netns.map(|_| launch.journal.clone()),
+            kept: Mutex::new(kept),
+            ended_for: Mutex::default(),
             observer,
-        }))
+        });
+        container.end_with_network();
+        Ok(container)
+    }
+
+    /// Ends the sandbox when a process does that its network needs: better than one that reaches nobody.
+    fn end_with_network(self: &Arc<Self>) {
+        let end = match &self.kept.lock().unwrap_or_else(|e| e.into_inner()).passt {
+            Some(passt) => passt.end(),
+            None => return,
+        };
+        let watched = end.and_then(|end| fds::watched(end, Interest::READABLE));
+        let container = Arc::downgrade(self);
+        tokio::spawn(async move {
+            if let Ok(watched) = watched {
+                let _ = watched.readable().await;
+            }
+            if let Some(container) = container.upgrade() {
+                *container
+                    .ended_for
+                    .lock()
+                    .unwrap_or_else(|e| e.into_inner()) =
+                    Some("its network's process (passt) ended");
+                container.sandbox.vm.kill();
+            }
+        });
     }
 
     /// A process by its exec id; empty: the first one.
@@ -226,16 +278,20 @@ impl Container {
         &self,
         exec_id: &str,
         paths: Paths,
-        spec: Vec<u8>,
+        work: Work,
     ) -> Result<(), ContainerError> {
         let mut execs = self.execs();
         if execs.contains_key(exec_id) {
             return Err(ContainerError::ExecExists(exec_id.to_owned()));
         }
         if execs.len() >= MAX_EXECS {
+            // Nobody comes back for one that was left to itself.
+            execs.retain(|_, process| !process.is_forgotten());
+        }
+        if execs.len() >= MAX_EXECS {
             return Err(ContainerError::TooManyExecs);
         }
-        let process = Process::new(exec_id.to_owned(), paths, spec);
+        let process = Process::new(exec_id.to_owned(), paths, work);
         execs.insert(exec_id.to_owned(), Arc::new(process));
         Ok(())
     }
@@ -248,16 +304,22 @@ impl Container {
         let (streams, ends) = Streams::open(&process.paths, None)?;
         process.set_streams(streams);
         let mut stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
-        let Hints { user, rows, cols } = Hints::of(&process.spec);
-        (stdio.rows, stdio.cols) = (rows, cols);
-        let request = proto::ExecRequest {
+        let mut request = proto::ExecRequest {
             id: self.id.clone(),
             exec_id: process.exec_id.clone(),
-            process_json: process.spec.clone(),
-            user,
-            stdio: Some(stdio).into(),
             ..Default::default()
         };
+        match &process.work {
+            Work::Execute(spec) => {
+                let Hints { user, rows, cols } = Hints::of(spec);
+                (stdio.rows, stdio.cols) = (rows, cols);
+                request.user = user;
+                request.process_json = spec.clone();
+            }
+            Work::Tool(tool) => request.tool_json = tool.clone(),
+            Work::First => {}
+        }
+        request.stdio = Some(stdio).into();
         let answer = match self.sandbox.agent.exec(&request).await {
             Ok(answer) => answer,
             Err(error) => {
@@ -293,7 +355,9 @@ impl Container {
             Err(error) => {
                 // Without its agent a guest is of no use to anyone.
                 self.sandbox.vm.kill();
-                (Exit::now(KILLED), error.to_string())
+                let reason = *self.ended_for.lock().unwrap_or_else(|e| e.into_inner());
+                let error = reason.map_or_else(|| error.to_string(), str::to_owned);
+                (Exit::now(KILLED), error)
             }
         };
         if process.exec_id.is_empty() {
@@ -372,6 +436,10 @@ impl Container {
         }
         self.init.drained(PATIENCE).await;
         self.sandbox.stop(discard).await;
+        if let Some(journal) = &self.network {
+            network::release(journal).await;
+            *self.kept.lock().unwrap_or_else(|e| e.into_inner()) = Kept::default();
+        }
     }
 }
 

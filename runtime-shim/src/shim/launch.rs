@@ -2,6 +2,7 @@
 
 use super::agent::{Agent, CallError};
 use super::disks::{self, DiskError};
+use super::network::Attaching;
 use super::shares::{Server, ShareError, Watched};
 use super::stdio::GuestEnds;
 use super::vm::{Ended, Vm, VmError};
@@ -154,6 +155,7 @@ impl Sandbox {
     pub(super) async fn start(
         plan: &Plan,
         streams: FirstStreams,
+        network: Option<&Attaching>,
         launch: &Launch<'_>,
     ) -> Result<(Self, proto::Stdio), LaunchError> {
         let settings = launch.settings;
@@ -184,7 +186,7 @@ impl Sandbox {
             initrd: Some(initrd.as_raw_fd()),
             cmdline: plan.kernel_args.to_owned(),
             disks: disks::configs(plan, &disks, launch.discard),
-            nets: Vec::new(),
+            nets: network.map(Attaching::configs).unwrap_or_default(),
             shares: servers.iter().map(Server::config).collect(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -205,6 +207,7 @@ impl Sandbox {
             .into_iter()
             .chain(disks.iter().flat_map(|disk| &disk.fds))
             .chain(ports.iter().map(|(_, fd)| fd))
+            .chain(network.into_iter().flat_map(Attaching::descriptors))
             .chain(servers.iter().map(Server::socket))
             .map(AsFd::as_fd)
             .chain(launch.console)

@@ -6,8 +6,11 @@
 mod agent;
 mod container;
 mod disks;
+mod health;
 mod launch;
 mod link;
+mod network;
+mod passt;
 mod process;
 mod recorder;
 mod serve;

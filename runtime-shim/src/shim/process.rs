@@ -40,6 +40,18 @@ impl Exit {
     }
 }
 
+/// What an added process does, as the agent is told.
+#[derive(Debug, Clone, Default)]
+pub(super) enum Work {
+    /// The container's own plan.
+    #[default]
+    First,
+    /// Executes an OCI process.
+    Execute(Vec<u8>),
+    /// Runs a tool of the agent's.
+    Tool(Vec<u8>),
+}
+
 /// A container's first process, or one that was added.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -47,22 +59,28 @@ pub(super) struct Process {
     pub(super) exec_id: String,
     /// Where its streams go.
     pub(super) paths: Paths,
-    /// The OCI process of an added one.
-    pub(super) spec: Vec<u8>,
+    /// What an added one does.
+    pub(super) work: Work,
     life: watch::Sender<Life>,
     streams: Mutex<Option<Streams>>,
 }
 
 impl Process {
     /// A process that is known and not started.
-    pub(super) fn new(exec_id: String, paths: Paths, spec: Vec<u8>) -> Self {
+    pub(super) fn new(exec_id: String, paths: Paths, work: Work) -> Self {
         Self {
             exec_id,
             paths,
-            spec,
+            work,
             life: watch::Sender::new(Life::Created),
             streams: Mutex::new(None),
         }
+    }
+
+    /// It ended, and there was nobody who read what it wrote.
+    pub(super) fn is_forgotten(&self) -> bool {
+        let unread = self.paths.stdout.is_empty() && self.paths.stderr.is_empty();
+        unread && matches!(self.life(), Life::Exited(_))
     }
 
     /// How it is now.
@@ -139,7 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn exited_with_two_ends_reports_the_first() {
-        let process = Process::new(String::new(), Paths::default(), Vec::new());
+        let process = Process::new(String::new(), Paths::default(), Work::First);
         assert!(process.set_running());
         assert!(!process.set_running());
         process.set_exited(Exit::now(3));

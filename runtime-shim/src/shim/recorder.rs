@@ -2,6 +2,7 @@
 
 use super::container::Observer;
 use super::process::Exit;
+use crate::health::{self, Health};
 use crate::restart::{Policy, Restarts};
 use crate::state::{SandboxDir, State, Status, now_ns};
 use std::sync::Mutex;
@@ -13,6 +14,8 @@ pub(super) struct Recorder {
     pub(super) dir: SandboxDir,
     /// The directory goes away with the container.
     discard: bool,
+    /// It is ours to start it again.
+    unattended: bool,
     status: Mutex<Status>,
     /// For a container that starts again by itself.
     restarts: Mutex<Restarts>,
@@ -21,12 +24,13 @@ pub(super) struct Recorder {
 
 impl Recorder {
     /// For the container whose directory this is.
-    pub(super) fn new(dir: SandboxDir, discard: bool, policy: Policy) -> Self {
+    pub(super) fn new(dir: SandboxDir, discard: bool, unattended: Option<Policy>) -> Self {
         Self {
             dir,
             discard,
+            unattended: unattended.is_some(),
             status: Mutex::default(),
-            restarts: Mutex::new(Restarts::new(policy)),
+            restarts: Mutex::new(Restarts::new(unattended.unwrap_or_default())),
             ended: Notify::new(),
         }
     }
@@ -50,9 +54,33 @@ impl Recorder {
         (status.state == State::Restarting).then(|| self.restarts().wait())
     }
 
+    /// The health check, if there is one.
+    pub(super) fn check(&self) -> Option<health::Check> {
+        self.dir.meta()?.health
+    }
+
+    /// Writes down how healthy the container is.
+    pub(super) fn health(&self, health: &Health) {
+        let before = self.lock().health.replace(health.clone());
+        self.update(|_| {});
+        if before.is_none_or(|before| before.status != health.status) {
+            let action = format!("health_status: {}", health.status.name());
+            self.dir.tell(&action, []);
+        }
+    }
+
     /// Whether somebody asked the container to end, so that it shall not start again.
     pub(super) fn is_ending(&self) -> bool {
         self.dir.is_ending()
+    }
+
+    /// The policy may have been changed meanwhile.
+    fn starts_again(&self, status: u32, ran: Duration) -> bool {
+        let mut restarts = self.restarts();
+        if let (true, Some(meta)) = (self.unattended, self.dir.meta()) {
+            restarts.follow(meta.restart);
+        }
+        restarts.again(status, ran)
     }
 
     fn restarts(&self) -> std::sync::MutexGuard<'_, Restarts> {
@@ -86,18 +114,25 @@ impl Observer for Recorder {
                 ..Status::default()
             };
         });
+        self.dir.tell("start", []);
     }
 
     fn paused(&self, paused: bool) {
         self.update(|status| status.paused = paused);
+        self.dir.tell(if paused { "pause" } else { "unpause" }, []);
     }
 
     fn exited(&self, exit: Exit, error: &str) {
+        if exit.oom_killed {
+            self.dir.tell("oom", []);
+        }
+        self.dir
+            .tell("die", [("exitCode", exit.status.to_string())]);
         // A directory that is about to go needs to tell only what went wrong.
         let untold = self.discard && error.is_empty() && !exit.oom_killed;
         // Decided before the end is told: whoever looks never sees a container ended that starts again.
         let ran = Duration::from_nanos(exit.at_ns.saturating_sub(self.lock().started));
-        let again = !self.is_ending() && self.restarts().again(exit.status, ran);
+        let again = !self.is_ending() && self.starts_again(exit.status, ran);
         let ended = |status: &mut Status| {
             status.state = match again {
                 true => State::Restarting,

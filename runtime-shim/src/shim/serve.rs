@@ -71,11 +71,7 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         None => None,
     };
     let dir = SandboxDir::inherited(serve.dir.clone(), serve.lock);
-    let recorder = Arc::new(Recorder::new(
-        dir,
-        serve.discard,
-        serve.unattended.unwrap_or_default(),
-    ));
+    let recorder = Arc::new(Recorder::new(dir, serve.discard, serve.unattended));
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
@@ -83,7 +79,7 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         console: serve.console,
         discard: serve.discard,
         shim_main,
-        observer: recorder.clone(),
+        recorder: recorder.clone(),
         leave,
         container: tokio::sync::Mutex::new(None),
         log,

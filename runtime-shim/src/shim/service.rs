@@ -2,17 +2,22 @@
 
 use super::agent::CallError;
 use super::container::{Container, ContainerError, Create, Observer};
+use super::health;
 use super::launch::Launch;
-use super::process::{Exit, Life, Process};
-use super::shares::ROLE as SHARE_ROLE;
+use super::network;
+use super::passt;
+use super::process::{Exit, Life, Process, Work};
+use super::recorder::Recorder;
+use super::shares;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
 use crate::journal::{Journal, VMM_ROLE};
 use crate::plan::RootfsMount;
 use crate::rpc::{KILLED, SIGKILL, chain, status};
 use crate::settings::Settings;
+use crate::update;
 use async_trait::async_trait;
-use casemate_protocol::agent as proto;
+use casemate_protocol::{agent as proto, tool};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp::Timestamp};
 use containerd_shim_protos::shim_async::Task;
@@ -44,7 +49,7 @@ pub(super) struct Service {
     /// What the container wrote needn't be kept.
     pub(super) discard: bool,
     pub(super) shim_main: u64,
-    pub(super) observer: Arc<dyn Observer>,
+    pub(super) recorder: Arc<Recorder>,
     /// Set when it is time to go.
     pub(super) leave: watch::Sender<bool>,
     /// Held while a container is made, so that two calls at once make one.
@@ -78,9 +83,10 @@ fn code_of(error: &ContainerError) -> Code {
         ContainerError::Call(CallError::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         ContainerError::ExecExists(_) => Code::ALREADY_EXISTS,
-        ContainerError::Launch(_) | ContainerError::Call(_) | ContainerError::Vm(_) => {
-            Code::INTERNAL
-        }
+        ContainerError::Launch(_)
+        | ContainerError::Call(_)
+        | ContainerError::Vm(_)
+        | ContainerError::Network(_) => Code::INTERNAL,
     }
 }
 
@@ -191,14 +197,26 @@ impl Service {
         // The one of the last start is gone. What can't be rewritten grows a little.
         let _ = self
             .journal
-            .forget_processes(|role| matches!(role, VMM_ROLE | SHARE_ROLE));
+            .forget_processes(|role| [VMM_ROLE, passt::ROLE, shares::ROLE].contains(&role));
+        update::settle(self.recorder.dir.path()).map_err(|error| {
+            let text = format!("can't apply the limits that the container was given: {error}");
+            status(Code::INTERNAL, text)
+        })?;
         let container = self.create_container(request).await?;
         if !wanted() {
             self.abandon().await;
             return Ok(false);
         }
         container.start_init().await.map_err(failed)?;
+        self.watch_health(&container);
         Ok(true)
+    }
+
+    fn watch_health(&self, container: &Arc<Container>) {
+        if let Some(check) = self.recorder.check() {
+            let (container, recorder) = (container.clone(), self.recorder.clone());
+            tokio::spawn(health::watch(container, recorder, check));
+        }
     }
 
     async fn create_container(&self, req: api::CreateTaskRequest) -> Reply<Arc<Container>> {
@@ -241,10 +259,15 @@ impl Service {
                 console: self.console.as_ref().map(AsFd::as_fd),
             },
             shim_main: self.shim_main,
-            observer: self.observer.clone(),
+            observer: self.recorder.clone(),
         };
-        let container = Container::create(create).await.map_err(failed)?;
-        Ok(held.insert(container).clone())
+        match Container::create(create).await {
+            Ok(container) => Ok(held.insert(container).clone()),
+            Err(error) => {
+                network::release(&self.journal).await;
+                Err(failed(error))
+            }
+        }
     }
 }
 
@@ -287,6 +310,7 @@ impl Task for Service {
         }
         let pid = if req.exec_id.is_empty() {
             container.start_init().await.map_err(failed)?;
+            self.watch_health(&container);
             self.asked.start.store(true, Ordering::Relaxed);
             container.sandbox.vm.pid()
         } else {
@@ -387,16 +411,27 @@ impl Task for Service {
 
     async fn exec(&self, _: &TtrpcContext, req: api::ExecProcessRequest) -> Reply<Empty> {
         check_id(&req.exec_id)?;
-        let (container, _) = self.running(&req.id, "").await?;
+        let spec = req.spec.into_option().unwrap_or_default();
+        let work = match spec.type_url.as_str() {
+            tool::TYPE_URL => Work::Tool(spec.value),
+            _ => Work::Execute(spec.value),
+        };
+        let (container, first) = match work {
+            // What the container wrote can be had before it starts.
+            Work::Tool(_) => self.process(&req.id, "").await?,
+            _ => self.running(&req.id, "").await?,
+        };
+        if matches!(first.life(), Life::Exited(_)) {
+            return Err(status(Code::NOT_FOUND, "process already finished"));
+        }
         let paths = Paths {
             terminal: req.terminal,
             stdin: req.stdin,
             stdout: req.stdout,
             stderr: req.stderr,
         };
-        let spec = req.spec.into_option().unwrap_or_default().value;
         container
-            .add_exec(&req.exec_id, paths, spec)
+            .add_exec(&req.exec_id, paths, work)
             .map_err(failed)?;
         Ok(Empty::new())
     }
@@ -446,7 +481,7 @@ impl Task for Service {
         let request = Self::container_request(&req.id);
         let agent = &container.sandbox.agent;
         agent.pause(&request).await.map_err(call_failed)?;
-        self.observer.paused(true);
+        self.recorder.paused(true);
         Ok(Empty::new())
     }
 
@@ -455,7 +490,7 @@ impl Task for Service {
         let request = Self::container_request(&req.id);
         let agent = &container.sandbox.agent;
         agent.resume(&request).await.map_err(call_failed)?;
-        self.observer.paused(false);
+        self.recorder.paused(false);
         Ok(Empty::new())
     }
 

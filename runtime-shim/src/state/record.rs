@@ -1,5 +1,6 @@
 //! What is written down about a container.
 
+use crate::health;
 use crate::log;
 use crate::restart::Policy;
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct Meta {
     /// Its root file system is read-only.
     #[serde(default)]
     pub read_only: bool,
+    /// What tells whether it is well.
+    #[serde(default)]
+    pub health: Option<health::Check>,
     /// The user's labels and the image's.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -109,6 +113,9 @@ pub struct Status {
     /// The guest's kernel killed it for lack of memory.
     #[serde(default)]
     pub oom_killed: bool,
+    /// What its health checks came to.
+    #[serde(default)]
+    pub health: Option<health::Health>,
     /// Why it ended, when that was not the workload's doing.
     #[serde(default)]
     pub error: String,

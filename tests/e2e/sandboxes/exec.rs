@@ -139,3 +139,22 @@ fn container_that_does_not_run_is_named() {
     host.casemate(["rm", "past"]).succeeds();
     host.is_clean();
 }
+
+#[test]
+fn process_that_is_detached_goes_on_by_itself() {
+    let host = Host::with_images();
+    host.casemate(["run", "-d", "--name", "box", "busybox", "sleep", "100000"])
+        .succeeds();
+    let script = "sleep 1; echo done > /done; sleep 100000";
+    host.casemate(["exec", "-d", "box", "sh", "-c", script])
+        .succeeds()
+        .is_silent();
+    let looks = "until test -e /done; do sleep 0.1; done; cat /done";
+    host.casemate(["exec", "box", "sh", "-c", looks])
+        .succeeds()
+        .prints("done\n");
+    host.casemate(["exec", "-d", "box", "no-such-command"])
+        .ends_with(127);
+    host.casemate(["rm", "-f", "box"]).succeeds();
+    host.is_clean();
+}

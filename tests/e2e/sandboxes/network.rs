@@ -1,0 +1,492 @@
+//! Containers on networks.
+
+use casemate_tests::Host;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
+
+/// Bridges, addresses and rules are the whole machine's: one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// A host whose containers are on a network unless they say otherwise.
+fn networked() -> Host {
+    Host::with_images().configured("network = \"bridge\"\n")
+}
+
+/// What a program of this machine prints.
+fn output(line: &str) -> String {
+    let mut words = line.split(' ');
+    let program = words.next().expect("a program");
+    let output = Command::new(program).args(words).output();
+    let output = output.unwrap_or_else(|e| panic!("{line}: {e}"));
+    assert!(output.status.success(), "{line}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Everything of the network that a container could leave behind.
+fn host_state() -> String {
+    let rules: String = output("iptables-save")
+        .lines()
+        .chain(output("ip6tables-save").lines())
+        .filter(|line| !line.starts_with(['#', ':']))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let links = output("ip -o link show");
+    let links = links.lines().filter_map(|line| line.split(": ").nth(1));
+    format!("{rules}{}", links.collect::<Vec<_>>().join("\n"))
+}
+
+/// The address that a container has on its network.
+fn address(host: &Host, name: &str) -> String {
+    let shown = host.casemate(["exec", name, "ip", "-4", "-o", "addr", "show", "eth0"]);
+    let text = shown.succeeds().text();
+    let address = text.split_whitespace().nth(3).expect("an address");
+    address.split('/').next().expect("an address").to_owned()
+}
+
+#[test]
+fn none_has_no_device_at_all() {
+    let host = Host::with_images();
+    host.run(["--network", "none", "busybox", "ls", "/sys/class/net"])
+        .succeeds()
+        .prints("lo\n");
+    host.is_clean();
+}
+
+#[test]
+fn guest_reaches_the_host_and_leaves_nothing() {
+    let _alone = alone();
+    let host = networked();
+    host.run(["busybox", "true"]).succeeds();
+    let before = host_state();
+    let script = "ip -o addr show eth0; ip route; cat /etc/hosts; ping -c 1 -w 20 10.188.0.1";
+    host.run(["busybox", "sh", "-c", script])
+        .succeeds()
+        .mentions("10.188.0.")
+        .mentions("default via 10.188.0.1")
+        .mentions("1 packets received");
+    assert_eq!(host_state(), before);
+    host.is_clean();
+}
+
+#[test]
+fn two_containers_talk() {
+    let _alone = alone();
+    let host = networked();
+    let serve = "echo hello > /tmp/index.html; httpd -f -p 8080 -h /tmp";
+    host.casemate(["run", "-d", "--name", "web", "busybox", "sh", "-c", serve])
+        .succeeds();
+    let get = format!(
+        "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 30 {} 8080",
+        address(&host, "web")
+    );
+    host.run(["busybox", "sh", "-c", &get])
+        .succeeds()
+        .mentions("hello\n");
+    host.casemate(["rm", "-f", "web"]).succeeds();
+    host.is_clean();
+}
+
+/// Starts a container that answers every connection to its port 8080 with its name.
+fn serve(host: &Host, name: &str, options: &[&str]) {
+    let script = format!("while :; do echo {name} | nc -l -p 8080; done");
+    let mut args = vec!["run", "-d", "--name", name];
+    args.extend_from_slice(options);
+    args.extend_from_slice(&["busybox", "sh", "-c", &script]);
+    host.casemate(args).succeeds();
+}
+
+/// What a server says.
+fn answer(address: &str) -> String {
+    use std::io::Read;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        let mut text = String::new();
+        let read = std::net::TcpStream::connect(address).and_then(|mut stream| {
+            stream.set_read_timeout(Some(std::time::Duration::from_secs(20)))?;
+            stream.read_to_string(&mut text)
+        });
+        match read {
+            Ok(n) if n > 0 => return text,
+            other => assert!(std::time::Instant::now() < deadline, "{address}: {other:?}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn published_port_is_the_hosts() {
+    let _alone = alone();
+    let host = networked();
+    let before = host_state();
+    let ports = [
+        "-p",
+        "18080:8080",
+        "-p",
+        "127.0.0.1:18081:8080",
+        "-p",
+        "15353:53/udp",
+    ];
+    serve(&host, "web", &ports);
+    let inside = format!("{}:8080", address(&host, "web"));
+    for address in [
+        inside.as_str(),
+        "127.0.0.1:18081",
+        "127.0.0.1:18080",
+        "10.188.0.1:18080",
+    ] {
+        assert_eq!(answer(address), "web\n", "{address}");
+    }
+    let shown = host.casemate(["port", "web"]);
+    shown.succeeds().prints(
+        "8080/tcp -> 0.0.0.0:18080\n8080/tcp -> 127.0.0.1:18081\n53/udp -> 0.0.0.0:15353\n",
+    );
+    host.casemate(["ps"])
+        .succeeds()
+        .mentions("0.0.0.0:18080->8080/tcp");
+    let ip = "{{.NetworkSettings.IPAddress}}:8080";
+    host.casemate(["inspect", "--format", ip, "web"])
+        .succeeds()
+        .prints(&format!("{inside}\n"));
+    host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("port 0.0.0.0:18080/tcp of the host can't be had");
+    host.casemate(["network", "rm", "bridge"])
+        .fails()
+        .complains_of("in use by container web");
+    host.casemate(["rm", "-f", "web"]).succeeds();
+    host.casemate(["network", "rm", "bridge"]).succeeds();
+    let after = host_state();
+    let ours = |text: &str| text.matches("15353").count() + text.matches("18080").count();
+    assert_eq!((ours(&before), ours(&after)), (0, 0), "{after}");
+    host.is_clean();
+}
+
+#[test]
+fn killed_sandbox_gives_its_network_back() {
+    let _alone = alone();
+    let host = networked();
+    host.run(["-p", "18080:8080", "busybox", "true"]).succeeds();
+    let before = host_state();
+    for process in ["containerd-shim-casemate-v2", "casemate-vmm"] {
+        serve(&host, "web", &["-p", "18080:8080"]);
+        assert_ne!(host_state(), before);
+        for pid in host.processes(process) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !host.casemate(["ps", "-q"]).text().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "{process} was killed");
+        }
+        // The network goes with the container's end, the container with its removal.
+        host.casemate(["rm", "web"]).succeeds();
+        assert_eq!(host_state(), before, "{process} was killed");
+        host.is_clean();
+    }
+}
+
+#[test]
+fn names_and_addresses_are_as_wished() {
+    let _alone = alone();
+    let host = networked();
+    let create = [
+        "network",
+        "create",
+        "--subnet",
+        "10.77.5.0/24",
+        "--label",
+        "a=b",
+        "own",
+    ];
+    host.casemate(create).succeeds();
+    let script = "cat /etc/hosts /etc/resolv.conf; ip -o addr show eth0; ip -o link show eth0";
+    let run = host.run([
+        "--network",
+        "own",
+        "--ip",
+        "10.77.5.77",
+        "--mac-address",
+        "02:00:00:00:77:77",
+        "--add-host",
+        "db:10.0.0.9",
+        "--add-host",
+        "host:host-gateway",
+        "--dns",
+        "10.77.5.1",
+        "--dns-search",
+        "a.example",
+        "--hostname",
+        "box",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]);
+    for text in [
+        "10.77.5.77\tbox\n",
+        "10.0.0.9\tdb\n",
+        "10.77.5.1\thost\n",
+        "nameserver 10.77.5.1\n",
+        "search a.example\n",
+        "inet 10.77.5.77/24",
+        "02:00:00:00:77:77",
+    ] {
+        run.succeeds().mentions(text);
+    }
+    host.casemate(["network", "ls"]).succeeds().mentions("own");
+    let format = "{{json .IPAM.Config}} {{.Labels.a}}";
+    host.casemate(["network", "inspect", "own", "--format", format])
+        .succeeds()
+        .prints("[{\"Gateway\":\"10.77.5.1\",\"Subnet\":\"10.77.5.0/24\"}] b\n");
+    host.casemate(["network", "prune", "-f"])
+        .succeeds()
+        .prints("Deleted: own\n");
+    host.run(["--network", "own", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("network own not found");
+    host.is_clean();
+}
+
+#[test]
+fn host_without_plugins_says_what_to_install() {
+    let host = Host::with_images().configured("network = \"bridge\"\ncni_dir = \"/nowhere\"\n");
+    host.run(["busybox", "true"])
+        .ends_with(125)
+        .complains_of("containernetworking-plugins");
+    host.run(["--network", "none", "-p", "80:80", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("--publish needs a network");
+    host.is_clean();
+}
+
+/// An emulated host has no way out, which passt wants to see.
+fn way_out() {
+    for line in [
+        "ip link add out0 type dummy",
+        "ip addr replace 192.0.2.2/24 dev out0",
+        "ip link set out0 up",
+        "ip route replace default via 192.0.2.1",
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        let _ = Command::new(words[0]).args(&words[1..]).output();
+    }
+}
+
+#[test]
+fn user_has_a_network_by_way_of_passt() {
+    let _alone = alone();
+    way_out();
+    let host = Host::with_images()
+        .configured("network = \"passt\"\n")
+        .of_user(65_534);
+    // Whoever runs the host's services, they are reached by the addresses of its own interfaces.
+    let listener = std::net::TcpListener::bind("192.0.2.2:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let server = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut stream, _) = listener.accept().expect("a connection");
+        let mut text = String::new();
+        stream.write_all(b"from the host").expect("written");
+        stream.read_to_string(&mut text).expect("read");
+        text
+    });
+    let script = format!(
+        "ip -o addr show eth0; cat /etc/resolv.conf; echo hello | nc -w 20 192.0.2.2 {port}"
+    );
+    host.run(["busybox", "sh", "-c", &script])
+        .succeeds()
+        .mentions("10.189.0.2/24")
+        .mentions("nameserver 10.189.0.3")
+        .mentions("from the host");
+    assert_eq!(server.join().expect("served"), "hello\n");
+
+    serve(
+        &host,
+        "web",
+        &["-p", "18080:8080", "-p", "127.0.0.1:18081:8080"],
+    );
+    for address in ["127.0.0.1:18080", "192.0.2.2:18080", "127.0.0.1:18081"] {
+        assert_eq!(answer(address), "web\n", "{address}");
+    }
+    host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
+        .ends_with(125)
+        .complains_of("passt does not answer");
+    let passts = ["passt", "passt.avx2"].map(|name| host.processes(name));
+    for pid in passts.into_iter().flatten() {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !host.casemate(["ps", "-q"]).text().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "passt was killed");
+    }
+    host.casemate([
+        "inspect",
+        "--format",
+        "{{.State.Status}} {{.State.Error}}",
+        "web",
+    ])
+    .succeeds()
+    .mentions("exited its network's process (passt) ended");
+    host.casemate(["rm", "web"]).succeeds();
+    host.is_clean();
+}
+
+/// A server of the host that answers every connection.
+struct Server {
+    address: std::net::SocketAddr,
+    /// The hash of each transfer that it took.
+    hashes: std::sync::mpsc::Receiver<String>,
+}
+
+impl Server {
+    /// Serves at an address of the host: says hello and takes what comes.
+    fn at(ip: &str) -> Self {
+        use std::io::{Read, Write};
+        let listener = std::net::TcpListener::bind((ip, 0)).expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let (tell, hashes) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.expect("a connection");
+                let tell = tell.clone();
+                std::thread::spawn(move || {
+                    let _ = stream.write_all(b"from the host\n");
+                    let mut all = Vec::new();
+                    let _ = stream.read_to_end(&mut all);
+                    let _ = tell.send(sha256(&all));
+                });
+            }
+        });
+        Self { address, hashes }
+    }
+
+    /// A shell command that prints what the server says.
+    fn ask(&self, seconds: u32) -> String {
+        let (ip, port) = (self.address.ip(), self.address.port());
+        format!("nc -w {seconds} {ip} {port} < /dev/null")
+    }
+}
+
+/// The hash of some bytes, as sha256sum prints it.
+fn sha256(bytes: &[u8]) -> String {
+    use std::io::Write;
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    file.as_file().write_all(bytes).expect("written");
+    let sum = output(&format!("sha256sum {}", file.path().display()));
+    sum.split(' ').next().expect("a hash").to_owned()
+}
+
+#[test]
+fn large_transfer_arrives_as_it_was_sent() {
+    let _alone = alone();
+    let host = networked();
+    // Its bridge is there from the first container on.
+    host.run(["busybox", "true"]).succeeds();
+    let server = Server::at("10.188.0.1");
+    let script = format!(
+        "dd if=/dev/urandom of=/big bs=1M count=24 2> /dev/null; sha256sum < /big; {} < /big > /dev/null",
+        server.ask(60).replace(" < /dev/null", "")
+    );
+    let sent = host.run(["busybox", "sh", "-c", &script]);
+    let hash = sent.succeeds().text();
+    let hash = hash.split(' ').next().expect("a hash");
+    assert_eq!(server.hashes.recv().expect("received"), hash);
+
+    let socket = std::net::UdpSocket::bind("10.188.0.1:0").expect("a port");
+    let port = socket.local_addr().expect("an address").port();
+    let echo = std::thread::spawn(move || {
+        let mut buffer = [0; 64];
+        let (length, from) = socket.recv_from(&mut buffer).expect("a packet");
+        socket.send_to(b"pong\n", from).expect("sent");
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    });
+    let script = format!("(echo ping; sleep 3) | nc -u -w 10 10.188.0.1 {port}");
+    host.run(["busybox", "timeout", "20", "sh", "-c", &script])
+        .mentions("pong");
+    assert_eq!(echo.join().expect("echoed"), "ping\n");
+    host.is_clean();
+}
+
+/// What a container on this network prints that asks the server.
+fn asks(host: &Host, server: &Server, options: &[&str], before: &str) -> String {
+    let script = format!("{before} {} || echo no way", server.ask(4));
+    let mut args = options.to_vec();
+    args.extend_from_slice(&["busybox", "sh", "-c", &script]);
+    host.run(args).text()
+}
+
+const HELLO: &str = "from the host\n";
+const REFUSED: &str = "no way\n";
+
+/// Metadata and policies, on a network whose containers reach the host at `server`.
+fn keeps_to_its_policy(host: &Host, server: &Server, metadata: &Server, published: &str) {
+    assert_eq!(asks(host, server, &[], ""), HELLO);
+    assert_eq!(asks(host, metadata, &[], ""), REFUSED);
+    let allow = ["--egress-allow", "169.254.169.254"];
+    assert_eq!(asks(host, metadata, &allow, ""), HELLO);
+    assert_eq!(asks(host, server, &allow, ""), HELLO);
+    let deny = ["--egress", "deny"];
+    assert_eq!(asks(host, server, &deny, ""), REFUSED);
+    let exact = format!("{}/tcp", server.address);
+    let but = ["--egress", "deny", "--egress-allow", &exact];
+    assert_eq!(asks(host, server, &but, ""), HELLO);
+    let elsewhere = format!("{}/udp", server.address);
+    let but = ["--egress", "deny", "--egress-allow", &elsewhere];
+    assert_eq!(asks(host, server, &but, ""), REFUSED);
+
+    // What comes in is answered.
+    serve(host, "web", &["--egress", "deny", "-p", "18080:8080"]);
+    assert_eq!(answer(published), "web\n");
+    host.casemate(["rm", "-f", "web"]).succeeds();
+}
+
+#[test]
+fn policy_holds_on_a_bridge_whatever_the_guest_calls_itself() {
+    let _alone = alone();
+    way_out();
+    let _ = Command::new("ip")
+        .args(["addr", "replace", "169.254.169.254/32", "dev", "out0"])
+        .output();
+    let host = networked();
+    host.run(["busybox", "true"]).succeeds();
+    let before = host_state();
+    let (server, metadata) = (Server::at("10.188.0.1"), Server::at("169.254.169.254"));
+    keeps_to_its_policy(&host, &server, &metadata, "127.0.0.1:18080");
+
+    let but = format!("{}/tcp", server.address);
+    let options = [
+        "--cap-add",
+        "NET_ADMIN",
+        "--cap-add",
+        "NET_RAW",
+        "--egress",
+        "deny",
+    ];
+    let rename = "ip addr flush dev eth0; ip addr add 10.188.0.99/24 dev eth0;";
+    let allowed = [&options[..], &["--egress-allow", but.as_str()]].concat();
+    assert_eq!(asks(&host, &server, &allowed, ":;"), HELLO);
+    assert_eq!(asks(&host, &server, &allowed, rename), REFUSED);
+    let tagged = "ip link add link eth0 name eth0.5 type vlan id 5; ip link set eth0.5 up;";
+    assert_eq!(asks(&host, &server, &options, tagged), REFUSED);
+    let links = |state: &str| state.lines().last().map(str::to_owned);
+    assert_eq!(links(&host_state()), links(&before));
+    host.is_clean();
+}
+
+#[test]
+fn policy_holds_for_a_user() {
+    let _alone = alone();
+    way_out();
+    let _ = Command::new("ip")
+        .args(["addr", "replace", "169.254.169.254/32", "dev", "out0"])
+        .output();
+    let host = Host::with_images()
+        .configured("network = \"passt\"\n")
+        .of_user(65_534);
+    let (server, metadata) = (Server::at("192.0.2.2"), Server::at("169.254.169.254"));
+    keeps_to_its_policy(&host, &server, &metadata, "192.0.2.2:18080");
+    host.is_clean();
+}
