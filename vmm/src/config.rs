@@ -414,7 +414,7 @@ mod tests {
     fn validate_refuses_more_devices_than_lines() {
         let disks = (0..20).map(|i| disk(&format!("d{i}"), 20 + i)).collect();
 
-        assert!(error_of(|c| c.disks = disks).contains("number of devices is 24"));
+        assert!(error_of(|c| c.disks = disks).contains("number of devices is 25"));
     }
 
     #[test]
