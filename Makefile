@@ -19,7 +19,7 @@ TRIPLE  := x86_64-unknown-linux-gnu
 STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --locked --quiet --release --target $(TRIPLE)
 GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --locked --quiet --profile agent --target $(TRIPLE)
 
-.PHONY: all build help setup setup-test kernel binaries demo test lint unit e2e gate fuzz bench reproduce install uninstall clean
+.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e gate fuzz bench reproduce install uninstall clean
 
 all: build
 
@@ -38,7 +38,7 @@ kernel: setup
 	@mkdir -p $(SHARE)
 	@vmlinux=$$(guest-kernel-config/build guest) && install -m 644 "$$vmlinux" "$${vmlinux%/*}/System.map" $(SHARE)/
 
-binaries: setup
+binaries: setup virtiofsd
 	@mkdir -p $(BIN) $(LIBEXEC) $(SHARE)
 	@$(GUEST) -p casemate-agent
 	@$(STATIC) -p casemate-vmm --bin casemate-vmm
@@ -52,6 +52,11 @@ binaries: setup
 	@$(BIN)/casemate completion bash > $(STAGE)/$(BASH)/casemate
 	@$(BIN)/casemate completion zsh > $(STAGE)/$(ZSH)/_casemate
 	@$(BIN)/casemate completion fish > $(STAGE)/$(FISH)/casemate.fish
+
+# Serves the host's directories to guests. Pinned; built once and kept with the other tools.
+virtiofsd: setup
+	@mkdir -p $(LIBEXEC)
+	@scripts/virtiofsd $(LIBEXEC)/
 
 demo: build ## run a real Debian image in a microVM
 	@scripts/demo
@@ -89,7 +94,7 @@ install: ## PREFIX=/usr/local DESTDIR=
 	@test -x $(BIN)/casemate || { echo "nothing to install: run make first" >&2; exit 1; }
 	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin libexec/casemate share/casemate $(MAN) $(BASH) $(ZSH) $(FISH))
 	install -m 755 $(BIN)/casemate $(BIN)/containerd-shim-casemate-v2 $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 $(LIBEXEC)/casemate-vmm $(DESTDIR)$(PREFIX)/libexec/casemate/
+	install -m 755 $(LIBEXEC)/casemate-vmm $(LIBEXEC)/virtiofsd $(DESTDIR)$(PREFIX)/libexec/casemate/
 	install -m 644 $(SHARE)/vmlinux $(SHARE)/System.map $(SHARE)/initrd.cpio $(DESTDIR)$(PREFIX)/share/casemate/
 	install -m 644 $(STAGE)/$(MAN)/casemate*.1 $(DESTDIR)$(PREFIX)/$(MAN)/
 	install -m 644 $(STAGE)/$(BASH)/casemate $(DESTDIR)$(PREFIX)/$(BASH)/

@@ -28,6 +28,11 @@ impl Install {
         self.prefix.join("libexec/casemate/casemate-vmm")
     }
 
+    /// The program that serves the host's directories to guests.
+    pub fn virtiofsd(&self) -> PathBuf {
+        self.prefix.join("libexec/casemate/virtiofsd")
+    }
+
     /// The shim's binary.
     pub fn shim(&self) -> PathBuf {
         self.prefix.join("bin/containerd-shim-casemate-v2")

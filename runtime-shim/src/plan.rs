@@ -1,11 +1,11 @@
 //! From an OCI spec and the rootfs mounts to what the VMM and the agent are told.
 //!
-//! [`plan`] is a pure function: it opens nothing and asks the host nothing.
+//! [`plan`] is a pure function: it opens nothing and asks the host nothing but what [`look`] tells.
 //! It is the only place that decides sizes, disks and mount points.
 
 mod outside;
 
-pub use outside::COPY_UP;
+pub use outside::{COPY_UP, SHARED_FILE};
 
 use crate::shim::timing;
 use crate::size::MIB;
@@ -92,6 +92,37 @@ pub struct CopiedFile {
     pub target: String,
 }
 
+/// A file or directory of the host that the guest sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// The name by which the guest mounts it.
+    pub tag: String,
+    /// On the host.
+    pub source: PathBuf,
+    /// Whether nothing of it may be changed.
+    pub read_only: bool,
+}
+
+/// What is at a path of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// A directory.
+    Directory,
+    /// Something else.
+    File,
+    /// Nothing, or nothing that we may see.
+    Nothing,
+}
+
+/// Looks at a path of the host: what [`plan`] is given to do so.
+pub fn look(path: &Path) -> Found {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => Found::Directory,
+        Ok(_) => Found::File,
+        Err(_) => Found::Nothing,
+    }
+}
+
 /// Everything decided about a sandbox and its first container.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -101,6 +132,8 @@ pub struct Plan {
     pub vcpus: u8,
     /// `/dev/vda` onwards.
     pub disks: Vec<Disk>,
+    /// What of the host the guest sees.
+    pub shares: Vec<Share>,
     /// What the agent mounts, in order.
     pub mounts: Vec<AgentMount>,
     /// The container's root in the guest.
@@ -121,6 +154,7 @@ impl Plan {
     /// Whether something that the container writes outlives it.
     pub fn is_lasting(&self) -> bool {
         self.disks.iter().any(|disk| disk.volume && !disk.read_only)
+            || self.shares.iter().any(|share| !share.read_only)
     }
 }
 
@@ -192,8 +226,8 @@ pub enum PlanError {
         /// How many.
         count: usize,
     },
-    /// A bind mount of something that isn't in the bundle.
-    #[error("mount {destination:?}: binding {source_path:?} of the host is not supported yet")]
+    /// A bind mount of nothing.
+    #[error("mount {destination:?}: the bind source path does not exist: {source_path:?}")]
     Bind {
         /// In the container.
         destination: PathBuf,
@@ -210,6 +244,9 @@ pub enum PlanError {
         /// On the host.
         source_path: PathBuf,
     },
+    /// Too many shares.
+    #[error("at most {0} files and directories of the host fit into this sandbox")]
+    Shares(usize),
     /// Too many volumes.
     #[error("at most {0} volumes fit into this sandbox")]
     Disks(usize),
@@ -225,7 +262,8 @@ pub enum PlanError {
 
 /// Decides everything about the sandbox of container `id`.
 ///
-/// `bundle` is the directory of the spec: only files in it may be bound into the container.
+/// `bundle` is the directory of the spec: files in it are copied into the guest, others that the spec binds are shared
+/// with it. `look` tells what is at a path of the host.
 pub fn plan(
     id: &str,
     bundle: &Path,
@@ -233,13 +271,14 @@ pub fn plan(
     rootfs: &[RootfsMount],
     host: Host,
     defaults: Defaults,
+    look: fn(&Path) -> Found,
 ) -> Result<Plan, PlanError> {
     let (mut disks, mut mounts) = storage(id, rootfs)?;
     let root = mounts
         .last()
         .map(|m| m.target.clone())
         .ok_or(PlanError::MountCount(0))?;
-    let outside = outside::outside(id, bundle, spec, disks.len())?;
+    let outside = outside::outside(id, bundle, spec, disks.len(), look)?;
     disks.extend(outside.disks);
     mounts.extend(outside.mounts);
     let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
@@ -247,6 +286,7 @@ pub fn plan(
         memory_mib,
         vcpus,
         disks,
+        shares: outside.shares,
         mounts,
         rootfs: root,
         guest_spec: outside.spec,
@@ -533,6 +573,7 @@ mod tests {
             &three_mounts(),
             HOST,
             DEFAULTS,
+            |_| Found::Nothing,
         )
     }
 
@@ -620,6 +661,7 @@ mod tests {
             &three_mounts(),
             HOST,
             DEFAULTS,
+            |_| Found::Nothing,
         )
     }
 
@@ -673,7 +715,8 @@ mod tests {
                     &spec("{}"),
                     &rootfs,
                     HOST,
-                    DEFAULTS
+                    DEFAULTS,
+                    |_| Found::Nothing,
                 )
                 .is_err(),
                 "{rootfs:?}"
@@ -685,7 +728,7 @@ mod tests {
         #[test]
         fn plan_of_any_mount_never_panics(kind in "(erofs|ext4|overlay|tmpfs|.{0,8})", source in ".{0,20}", option in ".{0,40}") {
             let rootfs = [mount("tmpfs", "", &[]), mount(&kind, &source, &[&option])];
-            let _ = plan("c1", Path::new("/bundle"), &spec("{}"), &rootfs, HOST, DEFAULTS);
+            let _ = plan("c1", Path::new("/bundle"), &spec("{}"), &rootfs, HOST, DEFAULTS, |_| Found::Nothing);
         }
     }
 }

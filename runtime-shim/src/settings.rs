@@ -48,6 +48,7 @@ struct File {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     vmm: Option<PathBuf>,
+    virtiofsd: Option<PathBuf>,
     kvm: Option<PathBuf>,
     shim: Option<PathBuf>,
     state_dir: Option<PathBuf>,
@@ -75,6 +76,8 @@ pub struct Settings {
     pub initrd: PathBuf,
     /// The VMM's binary.
     pub vmm: PathBuf,
+    /// The program that serves the host's directories to guests.
+    pub virtiofsd: PathBuf,
     /// KVM's device.
     pub kvm: PathBuf,
     /// The shim's binary.
@@ -142,6 +145,7 @@ impl Settings {
             kernel: file.kernel.unwrap_or_else(|| install.kernel()),
             initrd: file.initrd.unwrap_or_else(|| install.initrd()),
             vmm: file.vmm.unwrap_or_else(|| install.vmm()),
+            virtiofsd: file.virtiofsd.unwrap_or_else(|| install.virtiofsd()),
             kvm: file
                 .kvm
                 .unwrap_or_else(|| casemate_vmm::probe::DEVICE.into()),
@@ -190,6 +194,7 @@ fn merge(base: File, over: File) -> File {
         kernel: over.kernel.or(base.kernel),
         initrd: over.initrd.or(base.initrd),
         vmm: over.vmm.or(base.vmm),
+        virtiofsd: over.virtiofsd.or(base.virtiofsd),
         kvm: over.kvm.or(base.kvm),
         shim: over.shim.or(base.shim),
         state_dir: over.state_dir.or(base.state_dir),

@@ -158,6 +158,7 @@ fn config(files: &Files, initrd: &Path, handed: &mut Handed) -> Result<VmConfig>
         cmdline: String::new(),
         disks: Vec::new(),
         nets: Vec::new(),
+        shares: Vec::new(),
         vsock: None,
         balloon: false,
         console: None,

@@ -29,9 +29,27 @@ fn main() -> ExitCode {
                 Err(_) => ExitCode::FAILURE,
             }
         }
+        Some((verb, [file, text])) if verb == "map" => {
+            match map(Path::new(file), text.as_bytes()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{file}: {error}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        Some((verb, [file, seconds])) if verb == "lock" => {
+            match lock(Path::new(file), seconds.parse().unwrap_or(0)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{file}: {error}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
         _ => {
             eprintln!(
-                "usage: guest-tool tree ROOT [SKIP…] | stream BYTES | udp-echo PORT | hog | power-off"
+                "usage: guest-tool udp-echo PORT | map FILE TEXT | lock FILE SECONDS | tree ROOT [SKIP…] | stream BYTES | hog | power-off"
             );
             ExitCode::from(2)
         }
@@ -52,6 +70,45 @@ fn udp_echo(port: &str) -> ExitCode {
     }
     eprintln!("{port} is no port that can be had");
     ExitCode::FAILURE
+}
+
+/// Takes a file's lock for a while, or says that somebody has it.
+fn lock(path: &Path, seconds: u64) -> std::io::Result<()> {
+    use rustix::fs::{FlockOperation, flock};
+    let file = std::fs::File::create(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => println!("locked"),
+        Err(rustix::io::Errno::WOULDBLOCK) => println!("busy"),
+        Err(error) => return Err(error.into()),
+    }
+    std::thread::sleep(std::time::Duration::from_secs(seconds));
+    Ok(())
+}
+
+/// Writes to the beginning of a file by way of a shared mapping.
+#[allow(unsafe_code)] // reason: a mapping is memory without an owner
+fn map(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync};
+    let file = std::fs::File::options().read(true).write(true).open(path)?;
+    let length = file.metadata()?.len() as usize;
+    if length < text.len() {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the kernel chooses the place; the file is long enough for the text, and nobody cuts it off.
+    unsafe {
+        let place = mmap(
+            std::ptr::null_mut(),
+            length,
+            access,
+            MapFlags::SHARED,
+            &file,
+            0,
+        )?;
+        std::ptr::copy_nonoverlapping(text.as_ptr(), place.cast(), text.len());
+        msync(place, length, MsyncFlags::SYNC)?;
+    }
+    Ok(())
 }
 
 /// Takes memory, every page of it touched, until the kernel has had enough.

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 
 /// Programs whose relatives are a sandbox's too.
-const OURS: [&str; 4] = [
+const OURS: [&str; 5] = [
     "containerd-shim-casemate-v2",
     "casemate-vmm",
+    "virtiofsd",
     "passt",
     "passt.avx2",
 ];

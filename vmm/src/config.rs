@@ -20,6 +20,8 @@ const MAX_CMDLINE: usize = 1024;
 const MAX_SERIAL: usize = 20;
 /// Most devices: one interrupt line each, and one for the console.
 const MAX_DEVICES: usize = (layout::LAST_IRQ - layout::FIRST_VIRTIO_IRQ) as usize;
+/// Longest name of a share: its place in the configuration space, with a NUL.
+const MAX_TAG: usize = 35;
 /// Smallest MTU of IPv4.
 const MIN_MTU: u16 = 68;
 /// Context ids below are the hypervisor's, the loopback's and the host's.
@@ -72,6 +74,9 @@ pub struct VmConfig {
     /// `eth0` onwards, in this order.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Directories of the host. With any, guest memory is shared with those who serve them.
+    #[serde(default)]
+    pub shares: Vec<ShareConfig>,
     /// The vsock device; `None`: none.
     pub vsock: Option<VsockConfig>,
     /// Balloon with free page reporting.
@@ -135,6 +140,17 @@ impl VmConfig {
                 ));
             }
         }
+        let mut tags = BTreeSet::new();
+        for share in &self.shares {
+            let fits = (1..=MAX_TAG).contains(&share.tag.len());
+            if !fits || !share.tag.bytes().all(|b| b.is_ascii_graphic()) {
+                let expected = format!("1 to {MAX_TAG} printable ASCII characters are needed");
+                return Err(bad("a share's tag", &share.tag, expected));
+            }
+            if !tags.insert(&share.tag) {
+                return Err(bad("a share's tag", &share.tag, "two shares have it"));
+            }
+        }
         if let Some(vsock) = &self.vsock {
             within("cid", vsock.cid, MIN_CID, u32::MAX - 1)?;
             let mut ports = BTreeSet::new();
@@ -161,6 +177,7 @@ impl VmConfig {
             .chain(self.control)
             .chain(self.disks.iter().flat_map(|disk| &disk.segments).copied())
             .chain(self.nets.iter().map(|net| net.tap))
+            .chain(self.shares.iter().map(|share| share.socket))
             .chain(vsock.map(|port| port.fd))
             .collect()
     }
@@ -168,7 +185,7 @@ impl VmConfig {
     /// Virtio devices; every guest has an rng.
     pub fn devices(&self) -> usize {
         let optional = usize::from(self.vsock.is_some()) + usize::from(self.balloon);
-        self.disks.len() + self.nets.len() + optional + 1
+        self.disks.len() + self.nets.len() + self.shares.len() + optional + 1
     }
 }
 
@@ -233,6 +250,16 @@ pub struct NetConfig {
     pub rate_limit: Option<RateLimit>,
 }
 
+/// One virtio-fs device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// The name by which the guest mounts it, at most 35 bytes.
+    pub tag: String,
+    /// A Unix stream socket to a vhost-user backend, connected.
+    pub socket: Fd,
+}
+
 /// The vsock device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -284,6 +311,10 @@ mod tests {
                 mtu: 1500,
                 rate_limit: None,
             }],
+            shares: vec![ShareConfig {
+                tag: "share0".into(),
+                socket: 11,
+            }],
             vsock: Some(VsockConfig {
                 cid: 3,
                 ports: vec![VsockPort { port: 1024, fd: 9 }],
@@ -311,6 +342,20 @@ mod tests {
         change(&mut config);
         let error = config.validate().expect_err("invalid");
         error.to_string()
+    }
+
+    #[test]
+    fn validate_bad_tags_of_shares_are_refused() {
+        for tag in ["", "with space", &"x".repeat(36)] {
+            let error = error_of(|config| config.shares[0].tag = tag.to_owned());
+            assert!(error.contains("tag"), "{error}");
+        }
+        let error = error_of(|config| {
+            let mut twin = config.shares[0].clone();
+            twin.socket = 12;
+            config.shares.push(twin);
+        });
+        assert!(error.contains("two shares"), "{error}");
     }
 
     #[test]
@@ -369,7 +414,7 @@ mod tests {
     fn validate_refuses_more_devices_than_lines() {
         let disks = (0..20).map(|i| disk(&format!("d{i}"), 20 + i)).collect();
 
-        assert!(error_of(|c| c.disks = disks).contains("number of devices is 24"));
+        assert!(error_of(|c| c.disks = disks).contains("number of devices is 25"));
     }
 
     #[test]

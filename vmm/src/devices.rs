@@ -2,7 +2,7 @@
 
 use crate::arch::current::layout;
 use crate::bus::Bus;
-use crate::config::{Confinement, DiskConfig, NetConfig, VmConfig, VsockConfig};
+use crate::config::{Confinement, DiskConfig, NetConfig, ShareConfig, VmConfig, VsockConfig};
 use crate::confine::seccomp::{self, ThreadKind};
 use crate::fds::{take, take_file};
 use crate::memory::GuestMemory;
@@ -12,6 +12,7 @@ use crate::sync::lock;
 use crate::virtio::Device;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Block, BlockArgs};
+use crate::virtio::fs::{Fs, FsArgs};
 use crate::virtio::mmio::{Args, QUEUE_NOTIFY, Transport};
 use crate::virtio::net::{Net, NetArgs};
 use crate::virtio::rng::Rng;
@@ -66,6 +67,7 @@ pub struct Devices {
     slots: Vec<Slot>,
     disks: Vec<Arc<Mutex<Block>>>,
     nets: Vec<Arc<Mutex<Net>>>,
+    shares: Vec<Arc<Mutex<Fs>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
     rng: Option<Arc<Mutex<Rng>>>,
     balloon: Option<Arc<Mutex<Balloon>>>,
@@ -74,7 +76,7 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Makes what the configuration asks for: disks, networks, vsock, rng, balloon.
+    /// Makes what the configuration asks for: disks, networks, shares, vsock, rng, balloon.
     pub fn attach(
         config: &VmConfig,
         vm: &VmFd,
@@ -98,6 +100,11 @@ impl Devices {
             let net = shared(make(&format!("eth{index}"), open_net(net))?);
             place.attach(&mut devices, net.clone())?;
             devices.nets.push(net);
+        }
+        for share in &config.shares {
+            let fs = shared(make(&share.tag, open_share(share))?);
+            place.attach(&mut devices, fs.clone())?;
+            devices.shares.push(fs);
         }
         if let Some(vsock) = &config.vsock {
             let connected_at = devices.connected_at.clone();
@@ -163,6 +170,10 @@ impl Devices {
         }
         for (net, index) in self.nets.iter().zip(0..) {
             add(&format!("net.eth{index}"), lock(net).counters());
+        }
+        for share in &self.shares {
+            let share = lock(share);
+            add(&format!("fs.{}", share.tag()), share.counters());
         }
         if let Some(vsock) = &self.vsock {
             add("vsock", lock(vsock).counters());
@@ -271,6 +282,13 @@ fn open_net(net: &NetConfig) -> io::Result<Net> {
         mac: net.mac,
         mtu: net.mtu,
         rate_limit: net.rate_limit,
+    })
+}
+
+fn open_share(share: &ShareConfig) -> io::Result<Fs> {
+    Fs::new(FsArgs {
+        tag: share.tag.clone(),
+        socket: UnixStream::from(take(share.socket)?),
     })
 }
 

@@ -1,4 +1,5 @@
-//! Guest memory: private anonymous pages around the device hole, made known to KVM.
+//! Guest memory around the device hole, made known to KVM: private anonymous pages, or a memory file where a device's other
+//! half is a process of its own.
 #![allow(unsafe_code)] // reason: madvise and KVM_SET_USER_MEMORY_REGION take addresses
 
 use crate::arch::current::{self as arch, layout};
@@ -6,10 +7,11 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap,
 };
 
 /// Smallest guest: its kernel and agent need most of this.
@@ -35,6 +37,9 @@ pub enum Error {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// The host gave no memory file.
+    #[error("can't make a memory file for the guest")]
+    File(#[source] io::Error),
     /// Regions overlap: the memory map is wrong.
     #[error("memory regions")]
     Regions(#[source] vm_memory::GuestRegionCollectionError),
@@ -80,11 +85,22 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Reserves address space; the host gives pages as the guest touches them.
     pub fn allocate(mib: u32) -> Result<Self, Error> {
+        Self::build(mib, None)
+    }
+
+    /// The same, of a memory file that another process can map.
+    pub fn allocate_shared(mib: u32) -> Result<Self, Error> {
+        let file = memory_file(u64::from(mib) << 20).map_err(Error::File)?;
+        Self::build(mib, Some(Arc::new(file)))
+    }
+
+    fn build(mib: u32, file: Option<Arc<File>>) -> Result<Self, Error> {
         let map = MemoryMap::new(mib);
-        let mut regions = vec![region(mib, 0, map.low_end())?];
+        let part = |offset| file.clone().map(|file| FileOffset::from_arc(file, offset));
+        let mut regions = vec![region(mib, 0, map.low_end(), part(0))?];
         if map.high_end() > layout::HOLE_END {
             let size = map.high_end() - layout::HOLE_END;
-            regions.push(region(mib, layout::HOLE_END, size)?);
+            regions.push(region(mib, layout::HOLE_END, size, part(map.low_end()))?);
         }
         let mmap = GuestMemoryMmap::from_regions(regions).map_err(Error::Regions)?;
         Ok(Self { map, mmap })
@@ -155,10 +171,33 @@ impl GuestMemory {
     }
 }
 
-fn region(mib: u32, start: u64, size: u64) -> Result<GuestRegionMmap, Error> {
-    let mapping = MmapRegionBuilder::new(size as usize)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+/// A memory file whose size nobody can change: a part that went missing would kill who touches it.
+fn memory_file(size: u64) -> io::Result<File> {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = rustix::fs::memfd_create("guest-memory", flags)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(fd.into())
+}
+
+fn region(
+    mib: u32,
+    start: u64,
+    size: u64,
+    file: Option<FileOffset>,
+) -> Result<GuestRegionMmap, Error> {
+    let builder =
+        MmapRegionBuilder::new(size as usize).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match file {
+        None => {
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        }
+        Some(part) => builder
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(part),
+    };
+    let mapping = builder
         .build()
         .map_err(|source| Error::Map { mib, source })?;
     // Fewer, larger faults while the guest boots; the host's administrator has the last word
@@ -207,6 +246,21 @@ mod tests {
         memory.write(layout::HOLE_END, b"high").expect("memory");
         assert!(memory.write(layout::HOLE_START, b"hole").is_err());
         assert!(memory.write(layout::HOLE_START - 2, b"span").is_err());
+    }
+
+    #[test]
+    fn allocate_shared_puts_both_regions_into_one_file_of_fixed_size() {
+        let memory = GuestMemory::allocate_shared(4096).expect("address space");
+
+        memory.write(layout::HOLE_END, b"high").expect("memory");
+        let region = memory.mmap().iter().last().expect("two regions");
+        let part = region.file_offset().expect("a file");
+        assert_eq!(part.start(), memory.map().low_end());
+        let mut found = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(part.file(), &mut found, part.start())
+            .expect("the file");
+        assert_eq!(&found, b"high");
+        assert!(part.file().set_len(1).is_err());
     }
 
     #[test]

@@ -89,7 +89,11 @@ impl Vm {
         let kvm = open_kvm(config.kvm)?;
         let fd = kvm.create_vm().map_err(arch::kvm_error("create a VM"))?;
         let fd = Arc::new(fd);
-        let memory = GuestMemory::allocate(config.memory_mib)?;
+        let memory = match config.shares.is_empty() {
+            true => GuestMemory::allocate(config.memory_mib)?,
+            // Who serves a share works on the guest's memory, in a process of its own.
+            false => GuestMemory::allocate_shared(config.memory_mib)?,
+        };
         memory.register(&fd)?;
         arch::create_irqchip(&fd)?;
 

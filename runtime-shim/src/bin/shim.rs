@@ -1,21 +1,31 @@
 //! `containerd-shim-casemate-v2`: looks after one sandbox.
 
 use anyhow::{Context, bail};
-use casemate::shim::{Serve, run};
+use casemate::shim::{Serve, ServeShare, run, serve_share};
 use casemate::{fds, network};
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some("--hold-network") {
-        return match hold_network(std::env::args().skip(2)) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("{error:#}");
-                ExitCode::FAILURE
-            }
-        };
+    match std::env::args().nth(1).as_deref() {
+        Some("--share") => {
+            let Err(error) =
+                parse_share(std::env::args_os().skip(1)).and_then(|share| serve_share(&share));
+            eprintln!("{error:#}");
+            return ExitCode::FAILURE;
+        }
+        Some("--hold-network") => {
+            return match hold_network(std::env::args().skip(2)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
+        _ => {}
     }
     match parse(std::env::args().skip(1)).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,6 +70,31 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
         unattended,
         log,
         held,
+    })
+}
+
+/// `--share PATH --place DIR --virtiofsd PATH --listen-fd N [--read-only]`
+fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<ServeShare> {
+    let (mut source, mut place, mut virtiofsd) = (None, None, None);
+    let (mut listener, mut read_only) = (None, false);
+    while let Some(arg) = args.next() {
+        let arg = arg.to_string_lossy().into_owned();
+        let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--share" => source = Some(PathBuf::from(value()?)),
+            "--place" => place = Some(PathBuf::from(value()?)),
+            "--virtiofsd" => virtiofsd = Some(PathBuf::from(value()?)),
+            "--listen-fd" => listener = Some(descriptor(&arg, &value()?.to_string_lossy())?),
+            "--read-only" => read_only = true,
+            other => bail!("unknown argument {other:?}"),
+        }
+    }
+    Ok(ServeShare {
+        virtiofsd: virtiofsd.context("--virtiofsd is missing")?,
+        source: source.context("--share is missing")?,
+        place: place.context("--place is missing")?,
+        listener: listener.context("--listen-fd is missing")?,
+        read_only,
     })
 }
 

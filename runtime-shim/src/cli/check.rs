@@ -117,6 +117,25 @@ fn confinement(vmm: &Path) -> Finding {
     }
 }
 
+/// Does virtiofsd run? It is the one program that needs libraries of the host.
+fn virtiofsd(path: &Path) -> Finding {
+    let what = "virtiofsd";
+    let tried = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::piped())
+        .output();
+    let problem = match tried {
+        Ok(output) if output.status.success() => return fine(what),
+        Ok(output) => match String::from_utf8_lossy(&output.stderr).trim() {
+            "" => format!("{} ended by {}", path.display(), output.status),
+            said => said.to_owned(),
+        },
+        Err(e) => format!("can't run {}: {e}", path.display()),
+    };
+    let mend = "install casemate again, and the libraries of libseccomp and libcap-ng";
+    bad(what, problem, mend)
+}
+
 fn mke2fs(search_path: &str) -> Finding {
     let what = "mke2fs";
     let problem = match scratch::try_mke2fs(search_path) {
@@ -139,6 +158,7 @@ fn findings(settings: &Settings) -> Vec<Finding> {
         directory("state directory", &settings.state_dir, "CASEMATE_STATE"),
         directory("data directory", &settings.data_dir, "CASEMATE_DATA"),
         mke2fs(&scratch::search_path()),
+        virtiofsd(&settings.virtiofsd),
     ]
 }
 

@@ -4,7 +4,7 @@ use super::args::CreateArgs;
 use super::create::new_id;
 use super::mounts::{self, Source, Wish};
 use crate::journal::{Journal, Taken};
-use crate::plan::COPY_UP;
+use crate::plan::{self, COPY_UP, Found};
 use crate::scratch;
 use crate::settings::Settings;
 use crate::state::{MountPoint, StateRoot};
@@ -12,6 +12,7 @@ use crate::volume::{self, New, Volumes};
 use anyhow::{Context, bail};
 use oci_spec::image::ImageConfiguration;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 /// Everything mounted into a new container besides what each has.
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ pub(super) struct Data {
     memory: Vec<Value>,
     /// Volumes that are made if there are none.
     new: Vec<New>,
+    /// Directories of the host that are made if there are none.
+    missing: Vec<PathBuf>,
 }
 
 /// The wishes of `--volume` and `--mount`, read before anything is fetched.
@@ -104,11 +107,22 @@ impl Data {
                 }));
                 return Ok(());
             }
-            Source::Host { path, .. } => bail!(
-                "mount {:?}: binding {} of the host is not supported yet",
-                wish.target,
-                path.display()
-            ),
+            Source::Host { path, make } => {
+                if plan::look(&path) == Found::Nothing {
+                    if !make {
+                        bail!("the bind source path does not exist: {}", path.display());
+                    }
+                    self.missing.push(path.clone());
+                }
+                self.points.push(MountPoint {
+                    source: path,
+                    target: wish.target,
+                    read_only: wish.read_only,
+                    options: wish.options,
+                    ..MountPoint::default()
+                });
+                return Ok(());
+            }
         };
         let anonymous = name.is_none();
         let name = match name {
@@ -151,6 +165,10 @@ impl Data {
 
     /// Makes the volumes that aren't there yet; those without a name go with the container if it fails to become whole.
     pub(super) fn make(&self, settings: &Settings, journal: &Journal) -> anyhow::Result<()> {
+        for path in &self.missing {
+            std::fs::create_dir_all(path)
+                .with_context(|| format!("can't make the directory {}", path.display()))?;
+        }
         let volumes = Volumes::of(&settings.data_dir);
         for new in &self.new {
             if new.anonymous {
@@ -177,8 +195,18 @@ fn tmpfs_options(read_only: bool, given: Vec<String>, own: Vec<String>) -> Vec<S
 
 /// A mount point as a spec has it.
 fn spec_mount(point: &MountPoint) -> Value {
-    let mut options: Vec<&str> = vec!["loop", if point.read_only { "ro" } else { "rw" }];
+    let mut options: Vec<&str> = vec![if point.read_only { "ro" } else { "rw" }];
     options.extend(point.options.iter().map(String::as_str));
+    if point.volume.is_empty() {
+        options.extend(["rbind", "rprivate"]);
+        return json!({
+            "destination": point.target,
+            "type": "bind",
+            "source": point.source,
+            "options": options,
+        });
+    }
+    options.push("loop");
     if point.copy_up {
         options.push(COPY_UP);
     }

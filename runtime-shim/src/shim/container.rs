@@ -144,6 +144,7 @@ impl Container {
             &rootfs,
             Host::here(),
             defaults(launch.settings),
+            plan::look,
         )?;
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
         let mut request = create_request(&id, &plan)?;

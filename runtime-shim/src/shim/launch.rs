@@ -3,6 +3,7 @@
 use super::agent::{Agent, CallError};
 use super::disks::{self, DiskError};
 use super::network::Attaching;
+use super::shares::{Server, ShareError, Watched};
 use super::stdio::GuestEnds;
 use super::vm::{Ended, Vm, VmError};
 use crate::fds;
@@ -54,6 +55,9 @@ pub(super) enum LaunchError {
     /// A disk can't be had.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A share of the host's files can't be had.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// A socket or a memory file can't be had.
     #[error("can't set up the sandbox")]
     Setup(#[source] io::Error),
@@ -81,12 +85,16 @@ pub(super) struct Sandbox {
     pub(super) hello_ns: u64,
     /// Something that it writes outlives it.
     lasting: bool,
+    /// Who serves it the host's directories.
+    shares: tokio::sync::Mutex<Vec<Watched>>,
 }
 
 /// What a launch needs besides the plan.
 pub(super) struct Launch<'a> {
     /// Paths and times.
     pub(super) settings: &'a Settings,
+    /// The sandbox's directory.
+    pub(super) dir: &'a Path,
     /// Where processes are written down.
     pub(super) journal: &'a Journal,
     /// Nothing that the container writes is read after its end.
@@ -159,6 +167,11 @@ impl Sandbox {
         let kernel = open("the guest's kernel", &settings.kernel, OFlags::RDONLY)?;
         let initrd = open("the guest's initrd", &settings.initrd, OFlags::RDONLY)?;
         let disks = disks::open(plan, settings)?;
+        let servers = plan
+            .shares
+            .iter()
+            .map(|share| Server::start(share, settings, launch.dir, launch.journal))
+            .collect::<Result<Vec<_>, _>>()?;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(LaunchError::Setup)?;
         theirs.set_nonblocking(true).map_err(LaunchError::Setup)?;
         let control_end = OwnedFd::from(theirs);
@@ -178,6 +191,7 @@ impl Sandbox {
             cmdline: plan.kernel_args.to_owned(),
             disks: disks::configs(plan, &disks, launch.discard),
             nets: network.map(Attaching::configs).unwrap_or_default(),
+            shares: servers.iter().map(Server::config).collect(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
                 ports: ports
@@ -198,6 +212,7 @@ impl Sandbox {
             .chain(disks.iter().flat_map(|disk| &disk.fds))
             .chain(ports.iter().map(|(_, fd)| fd))
             .chain(network.into_iter().flat_map(Attaching::descriptors))
+            .chain(servers.iter().map(Server::socket))
             .map(AsFd::as_fd)
             .chain(launch.console)
             .collect();
@@ -211,11 +226,16 @@ impl Sandbox {
         )?;
         drop((kvm, kernel, initrd, disks));
         drop(ports);
+        let shares = servers
+            .into_iter()
+            .map(|server| server.watch(vm.killer()?, vm.ended()))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(LaunchError::Setup)?;
 
         let agent = Agent::new(ours, vm.ended()).map_err(LaunchError::Setup)?;
         let hello = match agent.hello(&hello_request(), settings.start_timeout).await {
             Ok(hello) => hello,
-            Err(cause) => return Err(failed(&vm, cause, &said).await),
+            Err(cause) => return Err(failed(&vm, cause, &said, &shares).await),
         };
         let sandbox = Self {
             vm,
@@ -223,6 +243,7 @@ impl Sandbox {
             hello,
             hello_ns: monotonic_ns(),
             lasting: plan.is_lasting(),
+            shares: shares.into(),
         };
         if plan.vcpus > 1 {
             let request = proto::OnlineCpusRequest {
@@ -230,7 +251,8 @@ impl Sandbox {
                 ..Default::default()
             };
             if let Err(cause) = sandbox.agent.online_cpus(&request).await {
-                return Err(failed(&sandbox.vm, cause, &said).await);
+                let shares = sandbox.shares.lock().await;
+                return Err(failed(&sandbox.vm, cause, &said, &shares).await);
             }
         }
         Ok((sandbox, streams.stdio))
@@ -274,6 +296,9 @@ impl Sandbox {
         }
         self.vm.kill();
         let _ = tokio::time::timeout(PATIENCE, self.vm.wait()).await;
+        for share in self.shares.lock().await.iter_mut() {
+            let _ = tokio::time::timeout(PATIENCE, share.gone()).await;
+        }
     }
 }
 
@@ -290,7 +315,7 @@ fn hello_request() -> proto::HelloRequest {
 }
 
 /// Ends a guest that failed to start and gathers what can be said about it.
-async fn failed(vm: &Vm, cause: CallError, said: &File) -> LaunchError {
+async fn failed(vm: &Vm, cause: CallError, said: &File, shares: &[Watched]) -> LaunchError {
     const LAST_WORDS: Duration = Duration::from_secs(3);
     let phase = phase_name(vm.phases().last().map(|(phase, _)| *phase));
     let mut text = String::new();
@@ -309,6 +334,9 @@ async fn failed(vm: &Vm, cause: CallError, said: &File) -> LaunchError {
     }
     vm.kill();
     let _ = tokio::time::timeout(LAST_WORDS, vm.wait()).await;
+    let told = cause.to_string();
+    let complaints = shares.iter().filter_map(|share| share.complaint(&told));
+    text.extend(complaints);
     LaunchError::Guest {
         phase,
         cause,

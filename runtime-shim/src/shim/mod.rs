@@ -16,6 +16,8 @@ mod process;
 mod recorder;
 mod serve;
 mod service;
+mod share_server;
+mod shares;
 mod stats;
 mod stdio;
 pub mod timing;
@@ -24,3 +26,4 @@ mod vm;
 
 pub use agent::FILL;
 pub use serve::{Serve, run};
+pub use share_server::{ServeShare, serve_share};

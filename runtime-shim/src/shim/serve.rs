@@ -75,6 +75,7 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
+        dir: serve.dir.clone(),
         console: serve.console,
         discard: serve.discard,
         shim_main,

@@ -8,6 +8,7 @@ use super::network;
 use super::passt;
 use super::process::{Exit, Life, Process, Work};
 use super::recorder::Recorder;
+use super::shares;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
 use crate::journal::{Journal, VMM_ROLE};
@@ -22,6 +23,7 @@ use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp
 use containerd_shim_protos::shim_async::Task;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -39,6 +41,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// The service's state.
 pub(super) struct Service {
     pub(super) settings: Settings,
+    /// The sandbox's directory.
+    pub(super) dir: PathBuf,
     pub(super) journal: Journal,
     /// For the guest's serial console.
     pub(super) console: Option<OwnedFd>,
@@ -193,7 +197,7 @@ impl Service {
         // The one of the last start is gone. What can't be rewritten grows a little.
         let _ = self
             .journal
-            .forget_processes(|role| [VMM_ROLE, passt::ROLE].contains(&role));
+            .forget_processes(|role| [VMM_ROLE, passt::ROLE, shares::ROLE].contains(&role));
         update::settle(self.recorder.dir.path()).map_err(|error| {
             let text = format!("can't apply the limits that the container was given: {error}");
             status(Code::INTERNAL, text)
@@ -249,6 +253,7 @@ impl Service {
             log: self.log.as_ref(),
             launch: Launch {
                 settings: &self.settings,
+                dir: &self.dir,
                 journal: &self.journal,
                 discard: self.discard,
                 console: self.console.as_ref().map(AsFd::as_fd),

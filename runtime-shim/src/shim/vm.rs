@@ -76,6 +76,22 @@ type Pending = HashMap<u64, oneshot::Sender<Result<Answer, String>>>;
 struct Shared {
     pending: Mutex<Pending>,
     phases: Mutex<Vec<(Phase, u64)>>,
+    /// Why we killed it.
+    blame: Mutex<Option<String>>,
+}
+
+/// Kills a VMM and says why.
+pub(super) struct Killer {
+    pidfd: OwnedFd,
+    shared: Arc<Shared>,
+}
+
+impl Killer {
+    /// The reason becomes that of the VM's end.
+    pub(super) fn kill_because(&self, reason: String) {
+        locked(&self.shared.blame).get_or_insert(reason);
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+    }
 }
 
 /// A running (or ended) VMM.
@@ -180,6 +196,14 @@ impl Vm {
     /// Waits for the end.
     pub(super) async fn wait(&self) -> Ended {
         wait_end(&mut self.ended()).await
+    }
+
+    /// For who may have to kill it from elsewhere.
+    pub(super) fn killer(&self) -> io::Result<Killer> {
+        Ok(Killer {
+            pidfd: self.pidfd.try_clone()?,
+            shared: self.shared.clone(),
+        })
     }
 
     /// Kills the process; harmless when it is gone.
@@ -318,7 +342,9 @@ impl Watcher {
         use std::os::unix::process::ExitStatusExt;
         let status = self.child.wait().ok();
         let code = status.and_then(|s| s.code());
-        let (reason, guest_log) = self.said.take().unwrap_or_else(|| {
+        let blame = locked(&self.shared.blame).take();
+        let said = blame.map(|reason| (reason, String::new()));
+        let (reason, guest_log) = said.or(self.said.take()).unwrap_or_else(|| {
             let reason = match (code, status.and_then(|s| s.signal())) {
                 (Some(code), _) => format!("the VMM ended with code {code}"),
                 (None, Some(signal)) => format!("the VMM was killed by signal {signal}"),

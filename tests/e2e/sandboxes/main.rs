@@ -2,6 +2,7 @@
 
 mod bad_guests;
 mod bad_options;
+mod binds;
 mod check;
 mod confined;
 mod containers;

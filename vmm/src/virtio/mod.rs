@@ -7,6 +7,7 @@ pub mod balloon;
 pub mod blk;
 pub mod buffers;
 pub mod counters;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod ring;

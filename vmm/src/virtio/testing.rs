@@ -36,6 +36,28 @@ pub fn memory() -> GuestMemoryMmap {
     .unwrap()
 }
 
+/// The same regions in memory files, which another process could map.
+pub fn shared_memory() -> GuestMemoryMmap {
+    let part = |start: u64, end: u64| {
+        let file = tempfile_of(end - start);
+        let offset = vm_memory::FileOffset::new(file, 0);
+        (GuestAddress(start), (end - start) as usize, Some(offset))
+    };
+    GuestMemoryMmap::from_ranges_with_files([
+        part(0, SEAM),
+        part(SEAM, HOLE),
+        part(AFTER_HOLE, MEMORY_END),
+    ])
+    .unwrap()
+}
+
+fn tempfile_of(size: u64) -> std::fs::File {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file: std::fs::File = rustix::fs::memfd_create("test", flags).unwrap().into();
+    file.set_len(size).unwrap();
+    file
+}
+
 /// Counts what a device raises.
 #[derive(Debug, Default)]
 pub struct MockInterrupt {
@@ -322,7 +344,20 @@ impl Driver {
 
     /// A driver with queues of these sizes.
     pub fn with_queues(sizes: &[u16]) -> Self {
-        let memory = memory();
+        Self::build(sizes, memory())
+    }
+
+    /// A driver with the queues that `device` offers, in this memory.
+    pub fn with_memory(device: &dyn Device, memory: GuestMemoryMmap) -> Self {
+        Self::build(device.queue_sizes(), memory)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    fn build(sizes: &[u16], memory: GuestMemoryMmap) -> Self {
         let queues = sizes
             .iter()
             .zip(0..)

@@ -117,6 +117,7 @@ impl Guest {
                 rate_limit: None,
             }],
             nets: launch.tap.iter().map(net).collect(),
+            shares: Vec::new(),
             vsock: (!launch.vsock.is_empty()).then(|| vsock(&launch.vsock)),
             balloon: true,
             console: Some(console_end.as_raw_fd()),

@@ -47,7 +47,17 @@ const UNSEEN: [(&str, &str); 10] = [
     ),
 ];
 /// The same, of one kind of thread.
-const UNSEEN_BY: [(ThreadKind, &str, &str); 2] = [
+const UNSEEN_BY: [(ThreadKind, &str, &str); 4] = [
+    (
+        ThreadKind::Vcpu,
+        "SYS_sendmsg",
+        "only with a share of the host's files",
+    ),
+    (
+        ThreadKind::Vcpu,
+        "SYS_recvmsg",
+        "only with a share of the host's files",
+    ),
     (
         ThreadKind::Vcpu,
         "SYS_shutdown",

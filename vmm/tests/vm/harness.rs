@@ -39,6 +39,7 @@ impl Machine {
                 cmdline: format!("test={steps}"),
                 disks: Vec::new(),
                 nets: Vec::new(),
+                shares: Vec::new(),
                 vsock: None,
                 balloon: false,
                 console: None,

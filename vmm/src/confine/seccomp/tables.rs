@@ -176,6 +176,11 @@ pub(super) const VCPU: &[Rule] = &[
         "a vsock driver that starts anew ends its old connections"
     ),
     rule!(SYS_recvfrom, "their unread input is thrown away"),
+    rule!(
+        SYS_sendmsg,
+        "virtio-fs tells who serves a share where its queues are, or that they are gone"
+    ),
+    rule!(SYS_recvmsg, "the answers"),
 ];
 
 /// A disk's worker thread.
