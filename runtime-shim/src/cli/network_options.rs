@@ -185,6 +185,9 @@ fn of_user(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Wish> {
     if args.ip.is_some() || args.ip6.is_some() {
         bail!("--ip: network passt gives every container the same address");
     }
+    if !args.publish.is_empty() || args.publish_all {
+        bail!("--publish: network passt can't do that yet; the networks of root can");
+    }
     let random = || Mac::random().context("no random numbers");
     let mac = args.mac_address.map_or_else(random, Ok)?;
     let attachment = Attachment {
@@ -195,7 +198,7 @@ fn of_user(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Wish> {
     };
     Ok(Wish {
         attachments: vec![attachment],
-        ports: publish::all(&args.publish)?,
+        ports: Vec::new(),
         dns: resolv::servers(args)?,
         egress: policy(args)?,
     })

@@ -9,7 +9,7 @@
 use super::egress::{self, Policy};
 use super::look::Seen;
 use super::tap;
-use crate::network::wish::{Mac, Port};
+use crate::network::wish::Mac;
 use anyhow::{Context, bail};
 use casemate_protocol::netlink::{Request, Socket, kind, link};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -49,7 +49,7 @@ const LENGTH: usize = 4;
 const BUFFER: usize = 4 * (LENGTH + MAX_FRAME);
 
 /// passt's arguments; `stream` is the number of its end of the stream.
-pub fn arguments(stream: i32, ports: &[Port]) -> Vec<String> {
+pub fn arguments(stream: i32) -> Vec<String> {
     let mut args: Vec<String> = ["--foreground", "--quiet", "--ipv4-only", "--no-map-gw"]
         .map(str::to_owned)
         .to_vec();
@@ -60,19 +60,8 @@ pub fn arguments(stream: i32, ports: &[Port]) -> Vec<String> {
     option("--gateway", GATEWAY.to_string());
     option("--mtu", MTU.to_string());
     option("--dns-forward", RESOLVER.to_string());
-    for (protocol, name) in [("tcp", "--tcp-ports"), ("udp", "--udp-ports")] {
-        let mut ports = ports.iter().filter(|p| p.protocol == protocol).peekable();
-        if ports.peek().is_none() {
-            option(name, "none".to_owned());
-        }
-        for port in ports {
-            let ip = port.host_ip.map(|ip| format!("{ip}/")).unwrap_or_default();
-            option(
-                name,
-                format!("{ip}{}:{}", port.host_port, port.container_port),
-            );
-        }
-    }
+    option("--tcp-ports", "none".to_owned());
+    option("--udp-ports", "none".to_owned());
     args
 }
 
@@ -284,27 +273,14 @@ mod tests {
     }
 
     #[test]
-    fn arguments_name_published_ports_and_nothing_else() {
-        let port = |host_port, protocol: &str, ip: Option<&str>| Port {
-            host_port,
-            container_port: 80,
-            protocol: protocol.into(),
-            host_ip: ip.map(|ip| ip.parse().unwrap()),
-        };
-        let ports = [
-            port(8080, "tcp", None),
-            port(8081, "tcp", Some("127.0.0.1")),
-        ];
-        let line = arguments(7, &ports).join(" ");
+    fn arguments_open_nothing_of_the_container() {
+        let line = arguments(7).join(" ");
         assert!(
             line.contains("--fd 7") && line.contains("--no-map-gw"),
             "{line}"
         );
-        assert!(
-            line.contains("--tcp-ports 8080:80 --tcp-ports 127.0.0.1/8081:80"),
-            "{line}"
-        );
-        assert!(line.contains("--udp-ports none"), "{line}");
+        let none = "--tcp-ports none --udp-ports none";
+        assert!(line.contains(none), "{line}");
     }
 
     #[test]

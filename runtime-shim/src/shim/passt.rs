@@ -116,7 +116,7 @@ impl Passt {
             source: Some(source),
         })?;
         let mut command = Command::new(settings.passt());
-        command.args(arguments(stream.as_raw_fd(), &wish.ports));
+        command.args(arguments(stream.as_raw_fd()));
         let passt = Process::start(&mut command, &[&stream], journal).map_err(|source| {
             NetworkFailure::User {
                 message: format!("can't start {}", settings.passt().display()),
