@@ -21,6 +21,14 @@ pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
+/// Replaces a file as a whole: who reads it sees the old or the new one, also after a death in between.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut whole = path.to_owned().into_os_string();
+    whole.push(".new");
+    std::fs::write(&whole, bytes)?;
+    std::fs::rename(&whole, path)
+}
+
 /// What a removal came to, if there was nothing left to remove.
 pub fn gone_is_fine(removed: io::Result<()>) -> io::Result<()> {
     match removed {

@@ -5,7 +5,7 @@
 //! its parent's sockets close). Appends of one line are atomic; a torn last
 //! line, from a death while writing, is ignored.
 
-use crate::files::gone_is_fine;
+use crate::files::{self, gone_is_fine};
 use crate::network::cni::Attachment;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
@@ -140,9 +140,7 @@ impl Journal {
         for taken in self.read()?.iter().filter(|taken| !gone(taken)) {
             push_line(&mut text, taken)?;
         }
-        let whole = self.path.with_extension("new");
-        std::fs::write(&whole, text)?;
-        std::fs::rename(&whole, &self.path)
+        files::replace(&self.path, &text)
     }
 
     /// Everything taken, in order; an absent journal is an empty one.

@@ -22,9 +22,7 @@ fn read(path: &Path) -> io::Result<Value> {
 }
 
 fn replace(path: &Path, value: &Value) -> io::Result<()> {
-    let whole = path.with_extension("new");
-    std::fs::write(&whole, serde_json::to_vec(value)?)?;
-    std::fs::rename(&whole, path)
+    files::replace(path, &serde_json::to_vec(value)?)
 }
 
 /// The resources (`linux.resources`) that the container in `dir` was booted with.

@@ -67,7 +67,7 @@ pub(super) async fn make(
         signals::parse(signal).context("--stop-signal")?;
     }
     let given_env = env::of(&args.process)?;
-    let labels = labels(args)?;
+    let labels = labels(&args.labels)?;
     let mounts = data::wishes(args)?;
     let cidfile = args.cidfile.as_deref().map(IdFile::new).transpose()?;
     let mut network = network_options::wish(settings, &args.network)?;
@@ -227,8 +227,9 @@ fn log_limits(args: &CreateArgs, wanted: bool) -> anyhow::Result<Option<log::Lim
     })
 }
 
-fn labels(args: &CreateArgs) -> anyhow::Result<Vec<(String, String)>> {
-    args.labels
+/// What `--label` was given.
+pub(super) fn labels(given: &[String]) -> anyhow::Result<Vec<(String, String)>> {
+    given
         .iter()
         .map(|label| {
             let (name, value) = label.split_once('=').unwrap_or((label, ""));

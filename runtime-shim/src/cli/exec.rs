@@ -54,13 +54,9 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
         container: &container.meta.id,
         exec: &id,
     };
+    let process = serde_json::to_vec(&process)?;
     if args.detach {
-        let request = request(
-            &Fifos::default(),
-            false,
-            PROCESS_TYPE,
-            serde_json::to_vec(&process)?,
-        );
+        let request = request(&Fifos::default(), false, PROCESS_TYPE, process);
         let added = client.exec(exec_id, request).await;
         added.map_err(run::not_started)?;
         client.start(exec_id).await.map_err(run::not_started)?;
@@ -71,7 +67,6 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     let fifos = Fifos::make(dir.path(), &args.process)?;
     let mut streams = Attached::open(&fifos)?;
     let raw = terminal::Raw::enter_for(&args.process)?;
-    let process = serde_json::to_vec(&process)?;
     let request = request(&fifos, args.process.tty, PROCESS_TYPE, process);
     client
         .exec(exec_id, request)

@@ -38,7 +38,7 @@ fn create(settings: &Settings, volumes: &Volumes, args: &VolumeCreateArgs) -> an
             None => create::new_id()?,
         },
         size: size.unwrap_or(settings.storage_size),
-        labels: labels(&args.labels)?,
+        labels: create::labels(&args.labels)?.into_iter().collect(),
         anonymous: args.name.is_none(),
     };
     let made = match &args.from {
@@ -63,19 +63,6 @@ fn wanted_size(args: &VolumeCreateArgs) -> anyhow::Result<Option<u64>> {
         size = Some(mounts::volume_option(option).context("--opt")?);
     }
     Ok(size.map(scratch::checked_size).transpose()?)
-}
-
-fn labels(given: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
-    given
-        .iter()
-        .map(|label| {
-            let (name, value) = label.split_once('=').unwrap_or((label, ""));
-            if name.is_empty() {
-                bail!("--label: {label:?} has no name");
-            }
-            Ok((name.to_owned(), value.to_owned()))
-        })
-        .collect()
 }
 
 /// What `--filter` asks for.

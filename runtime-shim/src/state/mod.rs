@@ -614,10 +614,8 @@ pub fn is_looked_after(dir: &Path) -> bool {
 
 fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), StateError> {
     let path = dir.join(name);
-    let temporary = dir.join(format!("{name}.new"));
     let bytes = serde_json::to_vec(value).map_err(|e| io_error("write", &path)(e.into()))?;
-    std::fs::write(&temporary, bytes).map_err(io_error("write", &temporary))?;
-    std::fs::rename(&temporary, &path).map_err(io_error("write", &path))
+    files::replace(&path, &bytes).map_err(io_error("write", &path))
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(dir: &Path, name: &str) -> Option<T> {
