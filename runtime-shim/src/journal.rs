@@ -64,6 +64,11 @@ pub enum Taken {
         /// Where it is mounted.
         path: PathBuf,
     },
+    /// A control group.
+    Cgroup {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// An interface that CNI plugins made.
     Attachment {
         /// All that they need to take it back.
@@ -201,6 +206,7 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
             Taken::Name { .. }
             | Taken::Process { .. }
             | Taken::Volume { .. }
+            | Taken::Cgroup { .. }
             | Taken::Netns { .. }
             | Taken::Attachment { .. } => Ok(()),
         })?;
@@ -210,10 +216,25 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
 
 /// When a process started, in ticks since boot; `None` when there is no such process.
 pub fn start_time(pid: i32) -> Option<u64> {
+    stat(pid, 22)
+}
+
+/// A process and its children.
+pub fn with_children(pid: u32) -> Vec<u32> {
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parent = |pid: u32| stat(i32::try_from(pid).ok()?, 4);
+    let children = pids.filter(|child| parent(*child) == Some(pid.into()));
+    std::iter::once(pid).chain(children).collect()
+}
+
+/// A number of `/proc/PID/stat`, by its place in proc_pid_stat(5).
+fn stat(pid: i32, field: usize) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name, in parentheses, may itself hold spaces and parentheses.
+    // The command name, in parentheses, may itself hold spaces and parentheses; the third field follows it.
     let after_name = &stat[stat.rfind(')')? + 1..];
-    after_name.split_ascii_whitespace().nth(19)?.parse().ok()
+    let mut fields = after_name.split_ascii_whitespace();
+    fields.nth(field.checked_sub(3)?)?.parse().ok()
 }
 
 fn boot_id() -> String {

@@ -5,6 +5,7 @@
 //! (`containerd-shim-casemate-v2`, module [`shim`]). The command line is a thin
 //! client: it builds an OCI spec and calls the shim's Task service.
 
+pub mod cgroup;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod events;

@@ -3,8 +3,10 @@
 //! [`plan`] is a pure function: it opens nothing and asks the host nothing but what [`look`] tells.
 //! It is the only place that decides sizes, disks and mount points.
 
+mod limits;
 mod outside;
 
+pub use limits::{Limits, NETWORK_RATE, cpus as processor_list, rate};
 pub use outside::{COPY_UP, SHARED_FILE};
 
 use crate::shim::timing;
@@ -148,6 +150,8 @@ pub struct Plan {
     pub kernel_args: &'static str,
     /// The network namespace whose interfaces the guest gets; `None`: it has no network.
     pub netns: Option<PathBuf>,
+    /// What the host keeps it to.
+    pub limits: Limits,
 }
 
 impl Plan {
@@ -197,6 +201,20 @@ pub enum PlanError {
         /// From the spec.
         period: u64,
     },
+    /// No list of processors.
+    #[error("{0:?} is not a list of processors like 0-2,7")]
+    Cpuset(String),
+    /// No device has such numbers.
+    #[error("a limit is for the device {major}:{minor}, which can't be")]
+    Device {
+        /// From the spec.
+        major: i64,
+        /// From the spec.
+        minor: i64,
+    },
+    /// No network passes so many bytes.
+    #[error("{0:?} is not a network rate in bytes per second")]
+    NetworkRate(String),
     /// A rootfs mount of a kind that isn't supported.
     #[error(
         "rootfs mount {index} has the type {kind:?}; a sandbox takes erofs, ext4, tmpfs and overlay"
@@ -282,6 +300,8 @@ pub fn plan(
     disks.extend(outside.disks);
     mounts.extend(outside.mounts);
     let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
+    let mut guest_spec = outside.spec;
+    limits::without_hosts(&mut guest_spec);
     Ok(Plan {
         memory_mib,
         vcpus,
@@ -289,7 +309,7 @@ pub fn plan(
         shares: outside.shares,
         mounts,
         rootfs: root,
-        guest_spec: outside.spec,
+        guest_spec,
         files: outside.files,
         user: annotation(spec, USER_ANNOTATION)
             .unwrap_or_default()
@@ -299,6 +319,7 @@ pub fn plan(
             _ => "",
         },
         netns: netns(spec),
+        limits: limits::limits(spec)?,
     })
 }
 
@@ -378,16 +399,16 @@ fn vcpus(spec: &Spec, host: Host, defaults: Defaults) -> Result<u8, PlanError> {
         .as_ref()
         .and_then(|l| l.resources().as_ref())
         .and_then(|r| r.cpu().as_ref());
+    let have = limits::processors(spec, host)?.clamp(1, MAX_VCPUS);
     let quota = cpu.and_then(|c| c.quota()).filter(|q| *q != -1);
     let Some(quota) = quota else {
-        return Ok(defaults.cpus.clamp(1, host.cpus.clamp(1, MAX_VCPUS)) as u8);
+        return Ok(defaults.cpus.clamp(1, have) as u8);
     };
     let period = cpu.and_then(|c| c.period()).unwrap_or(100_000);
     if quota <= 0 || period == 0 {
         return Err(PlanError::CpuQuota { quota, period });
     }
     let asked = (quota as u64).div_ceil(period);
-    let have = host.cpus.min(MAX_VCPUS);
     if asked > u64::from(have) {
         return Err(PlanError::TooManyCpus { asked, have });
     }

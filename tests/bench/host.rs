@@ -53,6 +53,12 @@ fn group(name: &str) -> Result<Group> {
             tools: RUN_TOOLS,
             ..group
         },
+        "living" => Group {
+            images: &["busybox"],
+            tools: RUN_TOOLS,
+            limit: 3600,
+            ..group
+        },
         "block" => Group {
             images: &["fio"],
             tools: &["/usr/bin/fio", SCRATCH_TOOLS[0], SCRATCH_TOOLS[1]],
@@ -170,7 +176,7 @@ impl Bench {
         let group = group(name)?;
         let store = self.store(group.images)?;
         let bundle = self.dir.join("bundle");
-        if name == "runs" && !bundle.exists() {
+        if ["runs", "living"].contains(&name) && !bundle.exists() {
             write_bundle(&bundle)?;
         }
         let scratch = self.dir.join(SCRATCH);

@@ -228,7 +228,7 @@ pub(crate) fn emit(figure: &Figure) -> Result<()> {
     Ok(())
 }
 
-fn in_turn(
+pub(crate) fn in_turn(
     key: &str,
     samples: usize,
     ours: impl Fn() -> Result<f64>,
@@ -254,7 +254,7 @@ fn repeat(samples: usize, measure: impl Fn() -> Result<f64>) -> Result<Vec<f64>>
 }
 
 /// Milliseconds until the command ended well.
-fn milliseconds(mut command: Command) -> Result<f64> {
+pub(crate) fn milliseconds(mut command: Command) -> Result<f64> {
     command.stdout(Stdio::null());
     let begun = Instant::now();
     let status = command

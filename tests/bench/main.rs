@@ -1,6 +1,6 @@
 //! `make bench`: measures what the project promises, both sides in turn, and writes it down.
 //!
-//!     casemate-bench [--samples N] [--group boots|runs|memory|images|block|console]…
+//!     casemate-bench [--samples N] [--group boots|runs|living|memory|images|block|console]…
 //!     casemate-bench gate         compare a quick measurement of starts with the committed figures
 //!     casemate-bench baseline     measure the same anew, to be committed with the reason
 //!     casemate-bench inside …     what runs on the KVM host; started by the two above
@@ -10,6 +10,7 @@ mod console;
 mod figures;
 mod host;
 mod inside;
+mod living;
 mod memory;
 mod outside;
 mod report;
@@ -23,7 +24,9 @@ use anyhow::{Context, Result, bail};
 use baseline::Baseline;
 use inside::Installed;
 
-const GROUPS: [&str; 6] = ["boots", "runs", "memory", "images", "block", "console"];
+const GROUPS: [&str; 7] = [
+    "boots", "runs", "living", "memory", "images", "block", "console",
+];
 /// How often the gate measures each start, spread over a tick of the host's timer.
 const GATE_SAMPLES: usize = 6;
 
@@ -61,7 +64,7 @@ fn bench(args: &[String]) -> Result<ExitCode> {
         let measured = match group {
             "images" => outside::erofs_vs_unpack(&bench.casemate(), samples)
                 .map(|figure| figures.push(figure)),
-            "boots" | "runs" | "memory" | "block" | "console" => {
+            "boots" | "runs" | "living" | "memory" | "block" | "console" => {
                 bench.measure(group, samples, &mut figures)
             }
             other => bail!("no group {other:?}; there are {GROUPS:?}"),
@@ -132,6 +135,7 @@ fn inside(args: &[String]) -> Result<ExitCode> {
         "boots" => inside::boots(&at, samples)?,
         "one-boot" => inside::one_boot(&at)?,
         "runs" => inside::runs(&at, samples)?,
+        "living" => living::figures(&at, samples)?,
         "gate" => inside::starts(&at, samples)?,
         "memory" => memory::figures(&at, samples)?,
         "block" => inside::block(&at, samples)?,

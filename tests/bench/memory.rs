@@ -59,7 +59,7 @@ fn vmm_private_kib(pid: u32) -> Result<f64> {
 }
 
 /// A process and all below it.
-fn family(root: u32) -> Result<Vec<u32>> {
+pub(crate) fn family(root: u32) -> Result<Vec<u32>> {
     let mut parents = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
@@ -85,7 +85,7 @@ fn family(root: u32) -> Result<Vec<u32>> {
 }
 
 /// The parent in a line of /proc/PID/stat: the second word after the name, which may hold anything.
-fn parent(stat: &str) -> Option<u32> {
+pub(crate) fn parent(stat: &str) -> Option<u32> {
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_whitespace().nth(1)?.parse().ok()
 }

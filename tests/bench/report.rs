@@ -13,7 +13,7 @@ const BEGIN: &str = "<!-- figures: written by make bench -->";
 const END: &str = "<!-- end of figures -->";
 
 /// A row of the table: key, what it is, the bar and whether less than it is good.
-const ROWS: [(&str, &str, Option<f64>); 11] = [
+const ROWS: [(&str, &str, Option<f64>); 15] = [
     (
         "boot_vs_firecracker",
         "boot to init's first word, against Firecracker",
@@ -33,6 +33,26 @@ const ROWS: [(&str, &str, Option<f64>); 11] = [
         "run_vs_runc",
         "`casemate run --rm busybox /bin/true` against `runc run`",
         Some(1.5),
+    ),
+    (
+        "exec_vs_runc_exec",
+        "`casemate exec` of /bin/true against `runc exec`",
+        Some(1.0),
+    ),
+    (
+        "start_20_parallel",
+        "20 runs at once against 20 of runc",
+        None,
+    ),
+    (
+        "per_container_mib",
+        "the host's memory that one more idle container takes",
+        Some(48.0),
+    ),
+    (
+        "idle_cpu",
+        "processor time of 20 idle containers",
+        Some(1.0),
     ),
     (
         "boot_exits",

@@ -106,7 +106,7 @@ class Run:
         parent = os.getpid()
         qemu = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.PIPE, pass_fds=self._inherited,
-                                preexec_fn=lambda: die_with_parent(parent))  # fmt: skip
+                                preexec_fn=lambda: prepare(parent, self._options.core))  # fmt: skip
         for descriptor in self._inherited:
             os.close(descriptor)
         try:
@@ -348,8 +348,10 @@ def tsc_khz():
     return round((last - first) * 1e6 / (end - start))
 
 
-def die_with_parent(parent):
-    """In the child: be killed when the thread that started us ends."""
+def prepare(parent, core):
+    """In the child: keeps to one processor, if asked to, and is killed when the thread that started it ends."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:

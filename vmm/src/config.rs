@@ -222,8 +222,19 @@ pub struct DiskConfig {
     /// Nobody reads it after the VM's end: what the guest flushes needn't be made durable.
     #[serde(default)]
     pub volatile: bool,
-    /// Token buckets; `None`: unlimited.
-    pub rate_limit: Option<RateLimit>,
+    /// `None`: unlimited.
+    #[serde(default)]
+    pub limits: Option<DiskLimits>,
+}
+
+/// What a disk may do in each direction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskLimits {
+    /// What the guest reads.
+    pub read: RateLimit,
+    /// What it writes, discards and zeroes.
+    pub write: RateLimit,
 }
 
 /// Token-bucket limits, refilled each second; 0: unlimited.
@@ -332,7 +343,7 @@ mod tests {
             segments: vec![fd],
             read_only: true,
             volatile: false,
-            rate_limit: None,
+            limits: None,
         }
     }
 

@@ -268,7 +268,7 @@ fn open_disk(disk: &DiskConfig, confinement: Confinement) -> io::Result<Block> {
         files: files.collect::<io::Result<_>>()?,
         read_only: disk.read_only,
         volatile: disk.volatile,
-        rate_limit: disk.rate_limit,
+        limits: disk.limits,
         on_thread_start: match confinement {
             Confinement::Off => None,
             Confinement::Full => Some(Box::new(filter)),

@@ -228,7 +228,13 @@ fn source(entry: &Entry, user_namespace: bool) -> Result<Option<OwnedFd>> {
         && entry.options.data.is_empty()
     {
         let context = fsopen(entry.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).attempt(what)?;
-        fsconfig_create(&context).attempt(what)?;
+        match fsconfig_create(&context) {
+            // A new sysfs shows a network namespace, which here is the guest's own.
+            Err(Errno::PERM) if entry.kind == "sysfs" => {
+                return clone_tree(Path::new("/sys"), true).attempt(what).map(Some);
+            }
+            made => made.attempt(what)?,
+        }
         return fsmount(
             &context,
             FsMountFlags::FSMOUNT_CLOEXEC,

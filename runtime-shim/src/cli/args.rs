@@ -5,7 +5,9 @@ use super::cp::CpArgs;
 use super::diff::DiffArgs;
 use super::events::EventsArgs;
 use super::health::HealthArgs;
+use super::limits::ResourceArgs;
 use super::network_args::{NetworkArgs, NetworkCommand};
+use super::security::SecurityArgs;
 use super::system::SystemCommand;
 use super::top::TopArgs;
 use super::update::UpdateArgs;
@@ -200,12 +202,12 @@ pub(super) struct CreateArgs {
     /// The container's name
     #[arg(long)]
     pub(super) name: Option<String>,
-    /// CPUs to use, fractions allowed
-    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
-    pub(super) cpus: Option<String>,
-    /// Memory limit, like 512m or 2g
-    #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
-    pub(super) memory: Option<String>,
+    /// What it may take.
+    #[command(flatten)]
+    pub(super) resources: ResourceArgs,
+    /// What power it has.
+    #[command(flatten)]
+    pub(super) security: SecurityArgs,
     /// Make the container's root file system read-only
     #[arg(long)]
     pub(super) read_only: bool,
@@ -221,12 +223,6 @@ pub(super) struct CreateArgs {
     /// Mount what another container has mounted: CONTAINER[:ro]
     #[arg(long, value_name = "CONTAINER[:ro]")]
     pub(super) volumes_from: Vec<String>,
-    /// Add a capability, or ALL
-    #[arg(long, value_name = "CAP")]
-    pub(super) cap_add: Vec<String>,
-    /// Drop a capability, or ALL
-    #[arg(long, value_name = "CAP")]
-    pub(super) cap_drop: Vec<String>,
     /// Set a label: NAME[=VALUE]
     #[arg(short, long = "label", value_name = "NAME[=VALUE]")]
     pub(super) labels: Vec<String>,
@@ -236,9 +232,6 @@ pub(super) struct CreateArgs {
     /// Platform of the image: OS/ARCH[/VARIANT]
     #[arg(long)]
     pub(super) platform: Option<String>,
-    /// Size of the writable layer, a hard limit
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
-    pub(super) storage_size: Option<String>,
     /// Start it again when it ends: no, on-failure[:TIMES], always or unless-stopped
     #[arg(
         long,
@@ -268,11 +261,25 @@ pub(super) struct CreateArgs {
     /// Its network.
     #[command(flatten)]
     pub(super) network: NetworkArgs,
-    /// The image
-    pub(super) image: String,
-    /// The command and its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(super) command: Vec<String>,
+    /// The image, and the command with its arguments: options are what stands before
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        value_name = "IMAGE [COMMAND…]"
+    )]
+    image_and_command: Vec<String>,
+}
+
+impl CreateArgs {
+    /// The image.
+    pub(super) fn image(&self) -> &str {
+        self.image_and_command.first().map_or("", String::as_str)
+    }
+
+    /// The command and its arguments; empty: the image's.
+    pub(super) fn command(&self) -> &[String] {
+        self.image_and_command.get(1..).unwrap_or_default()
+    }
 }
 
 /// `--log-driver`
@@ -698,7 +705,9 @@ pub(super) struct CheckArgs {
 impl CreateArgs {
     /// The arguments of a `casemate create` with these words.
     pub(super) fn of(line: &str) -> Self {
-        let words = ["casemate", "create"].into_iter().chain(line.split(' '));
+        let words = ["casemate", "create"]
+            .into_iter()
+            .chain(line.split_whitespace());
         match Cli::parse_from(words).command {
             Command::Create(create) => *create,
             _ => panic!("not create"),
@@ -719,7 +728,7 @@ mod tests {
     #[test]
     fn run_passes_everything_after_the_image_to_the_command() {
         let cli = Cli::parse_from([
-            "casemate", "run", "--rm", "-it", "-e", "A=b", "--timing", "busybox", "sh", "-c",
+            "casemate", "run", "--rm", "-it", "-e", "A=b", "--timing", "busybox", "-m", "-c",
             "--rm -x",
         ]);
         let Command::Run(run) = cli.command else {
@@ -728,6 +737,9 @@ mod tests {
         assert_eq!(run.timing, Some(TimingFormat::Table));
         let container = run.container;
         assert!(container.rm && container.process.interactive && container.process.tty);
-        assert_eq!(container.command, ["sh", "-c", "--rm -x"]);
+        assert_eq!(container.image(), "busybox");
+        assert_eq!(container.command(), ["-m", "-c", "--rm -x"]);
+        let unknown = Cli::try_parse_from(["casemate", "run", "--bogus", "busybox"]);
+        assert!(unknown.unwrap_err().to_string().contains("--bogus"));
     }
 }

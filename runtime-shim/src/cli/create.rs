@@ -63,6 +63,7 @@ pub(super) async fn make(
     let resources = checked_resources(settings, args)?;
     let storage = storage_size(settings, args)?;
     let log = log_limits(args, wishes.log)?;
+    args.security.resolve()?;
     if let Some(signal) = &args.stop_signal {
         signals::parse(signal).context("--stop-signal")?;
     }
@@ -74,7 +75,7 @@ pub(super) async fn make(
     let root = containers::state(settings)?;
 
     let wanted = args.platform.as_deref();
-    let (store, image) = images::for_run(settings, &args.image, args.pull, wanted).await?;
+    let (store, image) = images::for_run(settings, args.image(), args.pull, wanted).await?;
     let rootfs = store.rootfs(&image)?;
 
     network_options::publish_exposed(&args.network, network.as_mut(), &image.config)?;
@@ -181,7 +182,7 @@ fn check_names(args: &CreateArgs) -> anyhow::Result<()> {
 
 /// The limits, checked against this host before anything is fetched.
 fn checked_resources(settings: &Settings, args: &CreateArgs) -> anyhow::Result<Value> {
-    let resources = spec::resources(args.cpus.as_deref(), args.memory.as_deref())?;
+    let resources = args.resources.resources()?;
     let defaults = plan::Defaults {
         memory: settings.memory,
         cpus: settings.cpus,
@@ -191,7 +192,7 @@ fn checked_resources(settings: &Settings, args: &CreateArgs) -> anyhow::Result<V
 }
 
 fn storage_size(settings: &Settings, args: &CreateArgs) -> anyhow::Result<u64> {
-    let size = match &args.storage_size {
+    let size = match &args.resources.storage_size {
         Some(text) => size::parse(text).context("--storage-size")?,
         None => settings.storage_size,
     };
@@ -263,7 +264,7 @@ fn meta(
     Meta {
         id: id.to_owned(),
         name: args.name.clone().unwrap_or_else(|| id[..12].to_owned()),
-        image: args.image.clone(),
+        image: args.image().to_owned(),
         image_id: image.id.to_string(),
         command: command
             .unwrap_or_default()

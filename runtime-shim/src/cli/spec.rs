@@ -4,11 +4,11 @@
 
 use super::args::{CreateArgs, TimingFormat};
 use super::data::Data;
-use super::{caps, env};
+use super::env;
+use super::security::Security;
 use crate::network::NETNS;
 use crate::plan::USER_ANNOTATION;
 use crate::shim::timing;
-use crate::size;
 use anyhow::{Context, bail};
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::Spec;
@@ -17,32 +17,6 @@ use std::path::Path;
 
 /// Docker's, for an image that names none.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// The kernel's default period.
-const CPU_PERIOD: u64 = 100_000;
-/// Hidden from containers as Docker does.
-const MASKED: &[&str] = &[
-    "/proc/asound",
-    "/proc/acpi",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/sys/firmware",
-    "/sys/devices/virtual/powercap",
-];
-/// Not to be written by containers, as with Docker.
-const READ_ONLY: &[&str] = &[
-    "/proc/bus",
-    "/proc/fs",
-    "/proc/irq",
-    "/proc/sys",
-    "/proc/sysrq-trigger",
-];
-
 /// What the arguments don't say.
 #[derive(Debug)]
 pub(super) struct Given<'a> {
@@ -60,28 +34,6 @@ pub(super) struct Given<'a> {
     pub(super) network: bool,
     /// Volumes and the like.
     pub(super) data: &'a Data,
-}
-
-/// `--cpus` and `--memory` as the spec's resources.
-pub(super) fn resources(cpus: Option<&str>, memory: Option<&str>) -> anyhow::Result<Value> {
-    let mut resources = json!({});
-    if let Some(text) = cpus {
-        let number: f64 = text
-            .parse()
-            .ok()
-            .filter(|n: &f64| n.is_finite())
-            .with_context(|| format!("--cpus: {text:?} is not a number of CPUs"))?;
-        if number < 0.01 {
-            bail!("--cpus: {text} is too few; at least 0.01 are needed");
-        }
-        let quota = (number * CPU_PERIOD as f64).round().min(1e15) as i64;
-        resources["cpu"] = json!({"quota": quota, "period": CPU_PERIOD});
-    }
-    if let Some(text) = memory {
-        let limit = size::parse(text).context("--memory")?;
-        resources["memory"] = json!({"limit": limit});
-    }
-    Ok(resources)
 }
 
 /// A spec with nothing but resources, to check them before anything is fetched.
@@ -102,15 +54,15 @@ fn command_line(args: &CreateArgs, image: &ImageConfiguration) -> anyhow::Result
         Some(given) => (vec![given.clone()], Vec::new()),
         None => (image_entrypoint, image_command),
     };
-    line.extend(if args.command.is_empty() {
+    line.extend(if args.command().is_empty() {
         command
     } else {
-        args.command.clone()
+        args.command().to_vec()
     });
     if line.is_empty() {
         bail!(
             "image {} names no command; give one after the image",
-            args.image
+            args.image()
         );
     }
     Ok(line)
@@ -149,14 +101,20 @@ fn mount(kind: &str, target: &str, options: &[&str]) -> Value {
     json!({"destination": target, "type": kind, "source": kind, "options": options})
 }
 
-fn mounts(args: &CreateArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
-    let mut all = vec![
-        mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
-        mount(
+fn mounts(args: &CreateArgs, given: &Given<'_>, security: &Security) -> anyhow::Result<Vec<Value>> {
+    let write = if security.privileged { "rw" } else { "ro" };
+    let dev = match security.privileged {
+        // The guest's own, with all that its kernel finds.
+        true => mount("devtmpfs", "/dev", &["nosuid", "noexec"]),
+        false => mount(
             "tmpfs",
             "/dev",
             &["nosuid", "strictatime", "mode=755", "size=65536k"],
         ),
+    };
+    let mut all = vec![
+        mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
+        dev,
         mount(
             "devpts",
             "/dev/pts",
@@ -169,17 +127,23 @@ fn mounts(args: &CreateArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
                 "gid=5",
             ],
         ),
-        mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
+        mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", write]),
         mount(
             "cgroup",
             "/sys/fs/cgroup",
-            &["ro", "nosuid", "noexec", "nodev"],
+            &[write, "nosuid", "noexec", "nodev"],
         ),
         mount("mqueue", "/dev/mqueue", &["nosuid", "noexec", "nodev"]),
         mount(
             "tmpfs",
             "/dev/shm",
-            &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+            &[
+                "nosuid",
+                "noexec",
+                "nodev",
+                "mode=1777",
+                &args.resources.shm()?,
+            ],
         ),
     ];
     for name in ["resolv.conf", "hostname", "hosts"] {
@@ -228,7 +192,10 @@ fn device(kind: &str, major: Option<u32>, minor: Option<u32>, access: &str) -> V
 }
 
 /// Docker's: any node may be made, a few may be used.
-fn devices() -> Vec<Value> {
+fn devices(privileged: bool) -> Vec<Value> {
+    if privileged {
+        return vec![json!({"allow": true, "access": "rwm"})];
+    }
     let mut rules = vec![
         json!({"allow": false, "access": "rwm"}),
         device("c", None, None, "m"),
@@ -273,24 +240,30 @@ pub(super) fn build(
     if !workdir.starts_with('/') {
         bail!("the working directory {workdir:?} is not an absolute path");
     }
-    let caps = caps::resolve(&args.cap_add, &args.cap_drop)?;
+    let security = args.security.resolve()?;
     let mut process = json!({
         "terminal": args.process.tty,
         "user": {"uid": 0, "gid": 0},
         "args": command_line(args, image)?,
         "env": environment(args, image, given),
         "cwd": workdir,
-        "capabilities": capabilities(&caps, &user),
+        "capabilities": capabilities(&security.caps, &user),
     });
+    security.of_process(&mut process);
+    let rlimits = args.resources.rlimits()?;
+    if !rlimits.is_empty() {
+        process["rlimits"] = rlimits.into();
+    }
     if let (true, Some((rows, columns))) = (args.process.tty, given.console) {
         process["consoleSize"] = json!({"height": rows, "width": columns});
     }
     let mut resources = resources.clone();
-    resources["devices"] = devices().into();
+    resources["devices"] = devices(security.privileged).into();
     let mut annotations = json!({});
     if !user.is_empty() {
         annotations[USER_ANNOTATION] = user.into();
     }
+    args.resources.annotate(&mut annotations)?;
     match given.timing {
         Some(TimingFormat::Initcalls) => annotations[timing::ANNOTATION] = timing::INITCALLS.into(),
         Some(_) => annotations[timing::ANNOTATION] = "1".into(),
@@ -300,20 +273,18 @@ pub(super) fn build(
     let netns = given
         .network
         .then(|| json!({"type": "network", "path": given.bundle.join(NETNS)}));
-    let namespaces: Vec<Value> = namespaces.into_iter().chain(netns).collect();
+    let users = security.own_users.then(|| json!({"type": "user"}));
+    let namespaces: Vec<Value> = namespaces.into_iter().chain(netns).chain(users).collect();
+    let mut linux = json!({"namespaces": namespaces, "resources": resources});
+    security.of_linux(&mut linux);
     Ok(json!({
         "ociVersion": "1.2.0",
         "process": process,
         "root": {"path": "rootfs", "readonly": args.read_only},
         "hostname": hostname(args, given),
-        "mounts": mounts(args, given)?,
+        "mounts": mounts(args, given, &security)?,
         "annotations": annotations,
-        "linux": {
-            "namespaces": namespaces,
-            "resources": resources,
-            "maskedPaths": MASKED,
-            "readonlyPaths": READ_ONLY,
-        },
+        "linux": linux,
     }))
 }
 
@@ -340,7 +311,7 @@ mod tests {
             network: false,
             data: &Data::default(),
         };
-        let resources = resources(args.cpus.as_deref(), args.memory.as_deref())?;
+        let resources = args.resources.resources()?;
         build(&args, &image(config), &resources, &given)
     }
 
@@ -407,16 +378,6 @@ mod tests {
         ] {
             let error = format!("{:#}", built(line, json!({})).unwrap_err());
             assert!(error.contains(part), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn resources_of_nonsense_are_refused() {
-        for cpus in ["0", "NaN", "inf", "-1", "many", "0.001"] {
-            assert!(resources(Some(cpus), None).is_err(), "{cpus}");
-        }
-        for memory in ["", "lots", "-5m"] {
-            assert!(resources(None, Some(memory)).is_err(), "{memory}");
         }
     }
 }

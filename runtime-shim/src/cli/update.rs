@@ -1,6 +1,7 @@
 //! `casemate update`: other limits for containers that are there.
 
 use super::lifecycle::{self, Running};
+use super::limits::LimitArgs;
 use super::spec;
 use crate::plan::{self, Defaults, Host};
 use crate::restart::Policy;
@@ -15,12 +16,9 @@ use serde_json::Value;
 /// `casemate update`
 #[derive(Debug, Args)]
 pub(super) struct UpdateArgs {
-    /// CPUs to use, fractions allowed
-    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
-    cpus: Option<String>,
-    /// Memory limit, like 512m or 2g
-    #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
-    memory: Option<String>,
+    /// Other limits.
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Start it again when it ends: no, on-failure[:TIMES], always or unless-stopped
     #[arg(long, value_name = "POLICY")]
     restart: Option<Policy>,
@@ -31,9 +29,9 @@ pub(super) struct UpdateArgs {
 
 /// `casemate update`
 pub(super) async fn update(settings: &Settings, args: &UpdateArgs) -> anyhow::Result<()> {
-    let change = spec::resources(args.cpus.as_deref(), args.memory.as_deref())?;
+    let change = args.limits.resources()?;
     if change.as_object().is_none_or(|c| c.is_empty()) && args.restart.is_none() {
-        bail!("nothing to change: give --cpus, --memory or --restart");
+        bail!("nothing to change: give a limit, such as --memory, or --restart");
     }
     lifecycle::for_each(settings, &args.containers, async |root, name| {
         update_one(settings, root, name, &change, args.restart).await?;

@@ -1,20 +1,22 @@
 //! A container and the sandbox it lives in.
 
 use super::agent::CallError;
+use super::bounds::Bounds;
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
 use super::network::{self, Attaching, Kept, NetworkFailure};
 use super::process::{Exit, Life, Process, Work};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
+use crate::cgroup;
 use crate::fds;
 use crate::files;
-use crate::journal::Journal;
-use crate::plan::{self, Host, Plan, PlanError, RootfsMount};
+use crate::journal::{Journal, Taken};
+use crate::plan::{self, Host, Limits, Plan, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -91,6 +93,12 @@ pub(super) trait Observer: Send + Sync {
     fn exited(&self, exit: Exit, error: &str);
 }
 
+/// What holds a sandbox's processes, and to what.
+struct Held {
+    bounds: Bounds,
+    limits: Limits,
+}
+
 /// A container with its processes.
 pub(super) struct Container {
     pub(super) id: String,
@@ -100,8 +108,10 @@ pub(super) struct Container {
     /// Lock order: never held across an await.
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     timing: Mutex<Option<Timing>>,
-    /// Where its network stands, if it has one.
-    network: Option<Journal>,
+    /// Where it stands what is to be given back.
+    journal: Journal,
+    /// What holds its processes.
+    bounds: Mutex<Held>,
     /// What it has of the host for as long as it runs.
     kept: Mutex<Kept>,
     /// Why the sandbox was ended by us.
@@ -156,7 +166,9 @@ impl Container {
         let netns = plan.netns.as_ref();
         let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &launch));
         let mut network = network.transpose()?;
-        let (sandbox, mut stdio) = Sandbox::start(&plan, first, network.as_mut(), &launch).await?;
+        let bounds = Bounds::new(&id, &plan.limits, launch.journal).map_err(LaunchError::Bounds)?;
+        let started = Sandbox::start(&plan, first, network.as_mut(), &bounds, &launch).await;
+        let (sandbox, mut stdio) = started?;
         (stdio.rows, stdio.cols) = console_size(&spec);
         request.stdio = Some(stdio).into();
         let mut kept = Kept::default();
@@ -190,7 +202,11 @@ impl Container {
             sandbox,
             execs: Mutex::default(),
             timing: Mutex::new(timing),
-            network: plan.netns.map(|_| launch.journal.clone()),
+            journal: launch.journal.clone(),
+            bounds: Mutex::new(Held {
+                bounds,
+                limits: plan.limits,
+            }),
             kept: Mutex::new(kept),
             ended_for: Mutex::default(),
             observer,
@@ -220,6 +236,26 @@ impl Container {
                 container.sandbox.vm.kill();
             }
         });
+    }
+
+    /// Gives it other limits: in the guest, and on the host.
+    pub(super) async fn update(
+        &self,
+        request: &proto::UpdateRequest,
+    ) -> Result<(), ContainerError> {
+        self.sandbox.agent.update(request).await?;
+        // The agent took it, so it is one.
+        let Ok(change) = serde_json::from_slice::<LinuxResources>(&request.resources_json) else {
+            return Ok(());
+        };
+        let mut held = self.bounds.lock().unwrap_or_else(|e| e.into_inner());
+        let mut limits = held.limits.clone();
+        limits.add(&change)?;
+        let vmm = self.sandbox.vm.pid();
+        let changed = held.bounds.change(&self.id, &limits, vmm, &self.journal);
+        changed.map_err(LaunchError::Bounds)?;
+        held.limits = limits;
+        Ok(())
     }
 
     /// A process by its exec id; empty: the first one.
@@ -436,8 +472,16 @@ impl Container {
         }
         self.init.drained(PATIENCE).await;
         self.sandbox.stop(discard).await;
-        if let Some(journal) = &self.network {
-            network::release(journal).await;
+        if let Err(error) = cgroup::release(&self.journal) {
+            // It stays in the journal: the next command tries again, and tells.
+            eprintln!("casemate shim: {}", crate::rpc::chain(&error));
+        }
+        let has_network = self
+            .journal
+            .read()
+            .is_ok_and(|t| t.iter().any(Taken::is_network));
+        if has_network {
+            network::release(&self.journal).await;
             *self.kept.lock().unwrap_or_else(|e| e.into_inner()) = Kept::default();
         }
     }

@@ -5,8 +5,8 @@ use crate::plan::{Disk, Plan};
 use crate::settings::Settings;
 use crate::state::{DEFAULT_NAMESPACE, StateRoot};
 use crate::volume::{self, Access};
-use casemate_vmm::config::DiskConfig;
-use rustix::fs::{Mode, OFlags};
+use casemate_vmm::config::{DiskConfig, DiskLimits};
+use rustix::fs::{Mode, OFlags, major, minor};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,16 @@ pub(super) enum DiskError {
         path: PathBuf,
         /// The cause.
         source: io::Error,
+    },
+    /// A limit is for a device that holds none of them.
+    #[error(
+        "no disk of the container lies on the device {major}:{minor}, for which a limit was given"
+    )]
+    NoneThere {
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
     },
     /// Others use the volume.
     #[error(
@@ -39,6 +49,7 @@ pub(super) struct OpenDisk {
     /// The files that it consists of.
     pub(super) fds: Vec<OwnedFd>,
     read_only: bool,
+    limits: Option<DiskLimits>,
 }
 
 /// Opens the plan's disks.
@@ -47,7 +58,40 @@ pub(super) fn open(plan: &Plan, settings: &Settings) -> Result<Vec<OpenDisk>, Di
         true => open_volume(disk, settings),
         false => open_private(disk),
     };
-    plan.disks.iter().map(one).collect()
+    let mut disks = plan.disks.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+    for (device, limits) in &plan.limits.disks {
+        let mut found = false;
+        for disk in disks.iter_mut().filter(|disk| lies_on(disk, *device)) {
+            disk.limits = Some(*limits);
+            found = true;
+        }
+        if !found {
+            let (major, minor) = *device;
+            return Err(DiskError::NoneThere { major, minor });
+        }
+    }
+    Ok(disks)
+}
+
+/// Whether files of the disk are on a device, or on a part of it.
+fn lies_on(disk: &OpenDisk, device: (u32, u32)) -> bool {
+    disk.fds.iter().any(|fd| {
+        let Ok(stat) = rustix::fs::fstat(fd) else {
+            return false;
+        };
+        let own = (major(stat.st_dev), minor(stat.st_dev));
+        own == device || whole(own) == Some(device)
+    })
+}
+
+/// The device that a partition belongs to.
+fn whole((major, minor): (u32, u32)) -> Option<(u32, u32)> {
+    let partition = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    std::fs::metadata(partition.join("partition")).ok()?;
+    // The link's target is below the whole device's directory; "..", followed from there, is that one.
+    let text = std::fs::read_to_string(partition.join("../dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 fn open_error(path: &Path) -> impl FnOnce(io::Error) -> DiskError + '_ {
@@ -69,6 +113,7 @@ fn open_private(disk: &Disk) -> Result<OpenDisk, DiskError> {
     Ok(OpenDisk {
         fds: disk.files.iter().map(open).collect::<Result<_, _>>()?,
         read_only: disk.read_only,
+        limits: None,
     })
 }
 
@@ -87,6 +132,7 @@ fn open_volume(disk: &Disk, settings: &Settings) -> Result<OpenDisk, DiskError> 
             return Ok(OpenDisk {
                 fds: vec![fd],
                 read_only: true,
+                limits: None,
             });
         }
         // Its last writer was killed: the guest's kernel plays the journal back, for which it must write.
@@ -94,6 +140,7 @@ fn open_volume(disk: &Disk, settings: &Settings) -> Result<OpenDisk, DiskError> 
     Ok(OpenDisk {
         fds: vec![lock(Access::Exclusive)?],
         read_only: false,
+        limits: None,
     })
 }
 
@@ -135,7 +182,7 @@ pub(super) fn configs(plan: &Plan, open: &[OpenDisk], discard: bool) -> Vec<Disk
             read_only: open.read_only,
             // A container that goes away with its end leaves nothing to read: its fsync needn't wait for the host's disk.
             volatile: discard && !disk.read_only && !disk.volume,
-            rate_limit: None,
+            limits: open.limits,
         })
         .collect()
 }

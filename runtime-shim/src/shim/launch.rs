@@ -1,6 +1,7 @@
 //! From a plan to a running guest whose agent has answered.
 
 use super::agent::{Agent, CallError};
+use super::bounds::Bounds;
 use super::disks::{self, DiskError};
 use super::network::Attaching;
 use super::shares::{Server, ShareError, Watched};
@@ -61,6 +62,9 @@ pub(super) enum LaunchError {
     /// A socket or a memory file can't be had.
     #[error("can't set up the sandbox")]
     Setup(#[source] io::Error),
+    /// A limit can't be kept.
+    #[error("can't keep the sandbox to its limits")]
+    Bounds(#[source] io::Error),
     /// The guest ended or stayed silent.
     #[error("the guest did not start (it got as far as: {phase}): {cause}{log}")]
     Guest {
@@ -156,6 +160,7 @@ impl Sandbox {
         plan: &Plan,
         streams: FirstStreams,
         mut network: Option<&mut Attaching>,
+        bounds: &Bounds,
         launch: &Launch<'_>,
     ) -> Result<(Self, proto::Stdio), LaunchError> {
         let settings = launch.settings;
@@ -170,7 +175,7 @@ impl Sandbox {
         let servers = plan
             .shares
             .iter()
-            .map(|share| Server::start(share, settings, launch.dir, launch.journal))
+            .map(|share| Server::start(share, settings, launch.dir, bounds, launch.journal))
             .collect::<Result<Vec<_>, _>>()?;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(LaunchError::Setup)?;
         theirs.set_nonblocking(true).map_err(LaunchError::Setup)?;
@@ -190,7 +195,7 @@ impl Sandbox {
             initrd: Some(initrd.as_raw_fd()),
             cmdline: plan.kernel_args.to_owned(),
             disks: disks::configs(plan, &disks, launch.discard),
-            nets: network.map(Attaching::configs).unwrap_or_default(),
+            nets: network.map(|n| n.configs(&plan.limits)).unwrap_or_default(),
             shares: servers.iter().map(Server::config).collect(),
             vsock: Some(VsockConfig {
                 cid: GUEST_CID,
@@ -218,7 +223,8 @@ impl Sandbox {
             .collect();
         let said = fds::bounded_file("vmm-stderr", MAX_WORDS as u64).map_err(LaunchError::Setup)?;
         let said_by_vmm = said.try_clone().map_err(LaunchError::Setup)?;
-        let vm = Vm::start(&settings.vmm, config, &passed, said_by_vmm, launch.journal).map_err(
+        let journal = launch.journal;
+        let vm = Vm::start(&settings.vmm, config, &passed, said_by_vmm, bounds, journal).map_err(
             |source| LaunchError::Spawn {
                 path: settings.vmm.clone(),
                 source,
@@ -237,6 +243,10 @@ impl Sandbox {
             Ok(hello) => hello,
             Err(cause) => return Err(failed(&vm, cause, &said, &shares).await),
         };
+        if let Err(error) = bounds.limit_cpu(&plan.limits) {
+            vm.kill();
+            return Err(LaunchError::Bounds(error));
+        }
         let sandbox = Self {
             vm,
             agent,

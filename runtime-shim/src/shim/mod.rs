@@ -4,6 +4,7 @@
 //! pumps the standard streams. Whatever comes from the guest is bounded and checked.
 
 mod agent;
+mod bounds;
 mod container;
 mod disks;
 mod health;

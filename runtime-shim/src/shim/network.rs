@@ -13,7 +13,7 @@ use crate::network::look::{Interface, Seen};
 use crate::network::networks::{self, Network, NetworkError};
 use crate::network::wish::{self, Mac, Port, Wish};
 use crate::network::{self, NETNS, netns, tap, user};
-use crate::plan;
+use crate::plan::{self, Limits};
 use casemate_protocol::netlink::Socket;
 use casemate_protocol::{NAMES_PORT, agent as proto};
 use casemate_vmm::config::NetConfig;
@@ -303,12 +303,12 @@ impl Attaching {
     }
 
     /// The devices as the VMM is told of them.
-    pub(super) fn configs(&self) -> Vec<NetConfig> {
+    pub(super) fn configs(&self, limits: &Limits) -> Vec<NetConfig> {
         let config = |device: &Device| NetConfig {
             tap: device.tap.as_raw_fd(),
             mac: device.mac,
             mtu: device.mtu,
-            rate_limit: None,
+            rate_limit: limits.network.map(plan::rate),
         };
         self.devices.iter().map(config).collect()
     }

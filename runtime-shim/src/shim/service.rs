@@ -505,8 +505,7 @@ impl Task for Service {
             resources_json: req.resources.into_option().unwrap_or_default().value,
             ..Default::default()
         };
-        let agent = &container.sandbox.agent;
-        agent.update(&request).await.map_err(call_failed)?;
+        container.update(&request).await.map_err(failed)?;
         Ok(Empty::new())
     }
 

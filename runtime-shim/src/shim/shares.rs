@@ -1,5 +1,6 @@
 //! The host's directories in a sandbox: one process of virtiofsd for each, started, watched and ended.
 
+use super::bounds::Bounds;
 use super::vm::{Ended, Killer, printable, wait_end};
 use crate::fds;
 use crate::journal::Journal;
@@ -51,6 +52,7 @@ impl Server {
         share: &Share,
         settings: &Settings,
         dir: &Path,
+        bounds: &Bounds,
         journal: &Journal,
     ) -> Result<Self, ShareError> {
         let error = |action| {
@@ -94,6 +96,7 @@ impl Server {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
+        bounds.hold(&mut command);
         let child = fds::spawn_with(&mut command, &[listener.as_fd()])
             .map_err(error("start the process that serves it"))?;
         // One that is gone already is noticed by who watches it.

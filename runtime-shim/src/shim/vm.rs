@@ -1,5 +1,6 @@
 //! One VMM process: started, watched, asked and ended.
 
+use super::bounds::Bounds;
 use crate::fds;
 use crate::journal::{Journal, VMM_ROLE};
 use casemate_protocol::text::{printable_lines, tail};
@@ -119,6 +120,7 @@ impl Vm {
         mut config: VmConfig,
         passed: &[BorrowedFd<'_>],
         stderr: std::fs::File,
+        bounds: &Bounds,
         journal: &Journal,
     ) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
@@ -142,6 +144,7 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
+        bounds.hold(&mut command);
         let child = fds::spawn_with(&mut command, &all)?;
         drop(theirs);
         let pid = child.id();

@@ -15,6 +15,7 @@ mod tests;
 pub use lock::is_locked;
 pub use record::{Container, Meta, MountPoint, State, Status};
 
+use crate::cgroup;
 use crate::events::{Event, Events, Kind};
 use crate::files::{self, gone_is_fine};
 use crate::journal::{self, Journal, Taken};
@@ -460,14 +461,16 @@ impl SandboxDir {
             let path = self.path.join(name);
             gone_is_fine(std::fs::remove_file(&path)).map_err(io_error("remove", &path))?;
         }
-        self.release_network()?;
+        self.release()?;
         self.journal()
             .forget_processes(|_| true)
             .map_err(io_error("write the journal in", &self.path))
     }
 
-    /// Gives back what it has of the network, which a container that has ended needs no more.
-    fn release_network(&self) -> Result<(), StateError> {
+    /// Gives back what a container that has ended needs no more: its control group and its network.
+    fn release(&self) -> Result<(), StateError> {
+        cgroup::release(&self.journal())
+            .map_err(io_error("give back what is taken by", &self.path))?;
         network::release(&self.journal()).map_err(|source| {
             let name = self.path.file_name().unwrap_or_default();
             let id = name.to_string_lossy().into_owned();
@@ -515,7 +518,7 @@ impl SandboxDir {
                         ..status
                     })?;
                 }
-                self.release_network()
+                self.release()
             }
             _ => self.remove(),
         }
@@ -526,7 +529,7 @@ impl SandboxDir {
     pub fn remove(&self) -> Result<(), StateError> {
         let taken = self.journal().read().unwrap_or_default();
         journal::kill_processes(&taken);
-        self.release_network()?;
+        self.release()?;
         if taken.iter().any(|t| matches!(t, Taken::Volume { .. })) {
             let meta: Option<Meta> = read_json(&self.path, "meta.json");
             let is_whole = self.path.join("status.json").exists();

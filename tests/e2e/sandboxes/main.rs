@@ -24,6 +24,8 @@ mod network;
 mod options;
 mod overview;
 mod process;
+mod resources;
+mod security;
 mod signals;
 mod stdio;
 mod tty;

@@ -349,8 +349,17 @@ struct Server {
 }
 
 impl Server {
-    /// Serves at an address of the host: says hello and takes what comes.
+    /// Serves at an address of the host: says hello and closes its half, so that who asked is done.
     fn at(ip: &str) -> Self {
+        Self::new(ip, true)
+    }
+
+    /// Takes what comes until the other closes.
+    fn taking(ip: &str) -> Self {
+        Self::new(ip, false)
+    }
+
+    fn new(ip: &str, says_hello: bool) -> Self {
         use std::io::{Read, Write};
         let listener = std::net::TcpListener::bind((ip, 0)).expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -360,7 +369,10 @@ impl Server {
                 let mut stream = stream.expect("a connection");
                 let tell = tell.clone();
                 std::thread::spawn(move || {
-                    let _ = stream.write_all(HELLO.as_bytes());
+                    if says_hello {
+                        let _ = stream.write_all(HELLO.as_bytes());
+                        let _ = stream.shutdown(std::net::Shutdown::Write);
+                    }
                     let mut all = Vec::new();
                     let _ = stream.read_to_end(&mut all);
                     let _ = tell.send(sha256(&all));
@@ -373,7 +385,8 @@ impl Server {
     /// A shell command that prints what the server says.
     fn ask(&self, seconds: u32) -> String {
         let (ip, port) = (self.address.ip(), self.address.port());
-        // Its input stays open: Debian 12's passt sends twice to one who has closed his half.
+        // Its input stays open: Debian 12's passt sends twice to one who has closed his half, or never tells him
+        // that the other has closed too.
         format!("(sleep 2; echo) | nc -w {seconds} {ip} {port}")
     }
 }
@@ -393,7 +406,7 @@ fn large_transfer_arrives_as_it_was_sent() {
     let host = networked();
     // Its bridge is there from the first container on.
     host.run(["busybox", "true"]).succeeds();
-    let server = Server::at("10.188.0.1");
+    let server = Server::taking("10.188.0.1");
     let script = format!(
         "dd if=/dev/urandom of=/big bs=1M count=24 2> /dev/null; sha256sum < /big; {} < /big > /dev/null",
         server.ask(60).replace("(sleep 2; echo) |", "")

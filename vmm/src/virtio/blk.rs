@@ -5,6 +5,7 @@
 //! one system call and no copy of ours.
 
 mod backing;
+mod limiter;
 mod request;
 mod worker;
 
@@ -15,15 +16,14 @@ use super::counters::counters;
 use super::ring::{Chain, Ring};
 use super::saved::{self, RestoreError};
 use super::{Activation, ActiveQueue, Device, Interrupt, Readiness};
-use crate::config::RateLimit;
-use crate::rate_limit::RateLimiter;
+use crate::config::DiskLimits;
 use backing::{Backing, SEGMENT_ALIGN};
+use limiter::Limiter;
 use request::Disk;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -88,7 +88,7 @@ pub struct BlockArgs {
     /// A flush makes nothing durable: nobody reads the files after the VM's end.
     pub volatile: bool,
     /// `None`: unlimited.
-    pub rate_limit: Option<RateLimit>,
+    pub limits: Option<DiskLimits>,
     /// Runs first on the worker thread: installs its system-call filter.
     pub on_thread_start: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -125,7 +125,7 @@ impl Block {
             files,
             read_only,
             volatile,
-            rate_limit,
+            limits,
             on_thread_start,
         } = args;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
@@ -146,8 +146,7 @@ impl Block {
             serial,
             counters: Arc::clone(&counters),
         };
-        let limiter = rate_limit.map(|limit| RateLimiter::new(limit, Instant::now()));
-        let worker = Worker::spawn(disk, limiter, on_thread_start)?;
+        let worker = Worker::spawn(disk, limits.map(Limiter::new), on_thread_start)?;
         Ok(Block {
             id,
             read_only,

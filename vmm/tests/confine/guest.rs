@@ -114,7 +114,7 @@ impl Guest {
                 segments: vec![launch.disk.as_raw_fd()],
                 read_only: false,
                 volatile: false,
-                rate_limit: None,
+                limits: None,
             }],
             nets: launch.tap.iter().map(net).collect(),
             shares: Vec::new(),

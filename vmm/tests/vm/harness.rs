@@ -80,7 +80,7 @@ impl Machine {
             segments,
             read_only,
             volatile: false,
-            rate_limit: None,
+            limits: None,
         });
         self
     }

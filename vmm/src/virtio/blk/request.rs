@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 /// Bytes of the header: type, reserved, sector.
-const HEADER: usize = 16;
+pub(super) const HEADER: usize = 16;
 /// Bytes of one range of discard and write-zeroes: sector, count, flags.
 const RANGE: usize = 16;
 

@@ -1,10 +1,12 @@
 //! Disks against the mock driver, honest and hostile.
 
 use super::*;
+use crate::config::RateLimit;
 use crate::virtio::testing::{Desc, Driver, HOLE, MEMORY_END, SEAM};
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::channel;
+use std::time::Instant;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -36,7 +38,7 @@ fn args(files: Vec<File>, read_only: bool) -> BlockArgs {
         files,
         read_only,
         volatile: false,
-        rate_limit: None,
+        limits: None,
         on_thread_start: None,
     }
 }
@@ -610,6 +612,13 @@ fn new_id_too_long_is_refused() {
     assert!(refusal.to_string().contains("21"), "{refusal}");
 }
 
+fn reads(read: RateLimit) -> DiskLimits {
+    DiskLimits {
+        read,
+        ..DiskLimits::default()
+    }
+}
+
 #[test]
 fn rate_limit_operations_take_their_time() {
     let limit = RateLimit {
@@ -617,7 +626,7 @@ fn rate_limit_operations_take_their_time() {
         ops_per_second: 20,
     };
     let mut guest = Guest::new(BlockArgs {
-        rate_limit: Some(limit),
+        limits: Some(reads(limit)),
         ..args(vec![file(&[1; 8192])], true)
     });
     let start = Instant::now();
@@ -637,7 +646,7 @@ fn rate_limit_waiting_worker_still_stops_at_once() {
         ops_per_second: 0,
     };
     let mut guest = Guest::new(BlockArgs {
-        rate_limit: Some(limit),
+        limits: Some(reads(limit)),
         ..args(vec![file(&[1; 8192])], true)
     });
     guest.read(0, 4096).unwrap();

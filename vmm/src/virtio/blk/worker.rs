@@ -5,8 +5,8 @@
 //! (interrupts), futex, and close and munmap when the device goes away.
 
 use super::backing::Backing;
+use super::limiter::Limiter;
 use super::request::Disk;
-use crate::rate_limit::RateLimiter;
 use crate::virtio::ring::{Chain, Ring};
 use crate::virtio::{ActiveQueue, Interrupt};
 use std::io;
@@ -57,7 +57,7 @@ impl Worker {
     /// Starts the thread, which calls `on_start` first.
     pub(super) fn spawn(
         disk: Disk,
-        limiter: Option<RateLimiter>,
+        limiter: Option<Limiter>,
         on_start: Option<Box<dyn FnOnce() + Send>>,
     ) -> io::Result<Self> {
         let (commands, receiver) = channel();
@@ -131,7 +131,7 @@ fn watch(epoll: &Epoll, operation: ControlOperation, event: &EventFd) -> io::Res
 
 struct Thread {
     disk: Disk,
-    limiter: Option<RateLimiter>,
+    limiter: Option<Limiter>,
     work: Option<Work>,
     epoll: Epoll,
     commands: Receiver<Command>,
@@ -195,7 +195,7 @@ impl Thread {
 /// Works the queue for a while; `None` when it is empty, else how long to wait before the next turn.
 pub(super) fn turn(
     disk: &mut Disk,
-    mut limiter: Option<&mut RateLimiter>,
+    mut limiter: Option<&mut Limiter>,
     work: &mut Work,
 ) -> Option<Duration> {
     let Work {
@@ -217,10 +217,10 @@ pub(super) fn turn(
             disk.counters.malformed_chains.set(ring.malformed());
             return ring.rearm().then_some(Duration::ZERO);
         }
-        let bytes = chain.readable.len().max(chain.writable.len());
+        let (to_disk, to_guest) = (chain.readable.len(), chain.writable.len());
         let written = disk.execute(chain);
         if let Some(limiter) = limiter.as_mut() {
-            limiter.pay(bytes as u64);
+            limiter.pay(to_disk, to_guest);
         }
         ring.push(chain.head, written);
         if count % REQUESTS_PER_INTERRUPT == 0 {

@@ -1,0 +1,146 @@
+//! Control groups of the host (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): one for each sandbox with limits,
+//! below `/sys/fs/cgroup/casemate`. Only root has them: an ordinary user's own group holds processes, and can
+//! therefore limit none below it.
+
+use crate::files::gone_is_fine;
+use crate::journal::{Journal, Taken};
+use crate::plan::Limits;
+use rustix::fs::{Mode, OFlags};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// Of statfs(2).
+const CGROUP2_MAGIC: u32 = 0x6367_7270;
+/// All of ours are below.
+const PARENT: &str = "casemate";
+const CONTROLLERS: [&str; 3] = ["+cpu", "+memory", "+pids"];
+/// Processes that were killed take a moment to go.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where the group of a sandbox is to be; `None`: this user, or this host, has none.
+pub fn path_for(id: &str) -> Option<PathBuf> {
+    let is_v2 = rustix::fs::statfs(ROOT).is_ok_and(|fs| fs.f_type as u32 == CGROUP2_MAGIC);
+    (is_v2 && rustix::process::geteuid().is_root()).then(|| Path::new(ROOT).join(PARENT).join(id))
+}
+
+fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    let text = format!("can't {what} {}", path.display());
+    move |error| io::Error::new(error.kind(), format!("{text}: {error}"))
+}
+
+fn write(group: &Path, file: &str, value: &str) -> io::Result<()> {
+    let path = group.join(file);
+    std::fs::write(&path, value).map_err(failed(&format!("write {value:?} to"), &path))
+}
+
+/// Makes a group, with the controllers that limits need. One that is there already is fine.
+pub fn create(path: &Path) -> io::Result<()> {
+    let parent = path.parent().unwrap_or(Path::new(ROOT));
+    for dir in [parent, path] {
+        match std::fs::create_dir(dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed("make the control group", dir)(e));
+            }
+            _ => {}
+        }
+    }
+    if path.join("memory.max").exists() && path.join("cpu.max").exists() {
+        return Ok(());
+    }
+    for dir in [Path::new(ROOT), parent] {
+        for controller in CONTROLLERS {
+            write(dir, "cgroup.subtree_control", controller)?;
+        }
+    }
+    Ok(())
+}
+
+/// Its `cgroup.procs`: a process that writes "0" there is in the group.
+pub fn members(path: &Path) -> io::Result<OwnedFd> {
+    let file = path.join("cgroup.procs");
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::open(&file, flags, Mode::empty()).map_err(|e| failed("open", &file)(e.into()))
+}
+
+fn bytes(limit: Option<u64>, none: &str) -> String {
+    limit.map_or_else(|| none.to_owned(), |bytes| bytes.to_string())
+}
+
+/// Applies what `limits` says of memory.
+pub fn limit_memory(path: &Path, limits: &Limits) -> io::Result<()> {
+    write(path, "memory.max", &bytes(limits.memory, "max"))?;
+    write(path, "memory.low", &bytes(limits.reservation, "0"))
+}
+
+/// Applies what `limits` says of processor time.
+pub fn limit_cpu(path: &Path, limits: &Limits) -> io::Result<()> {
+    let max = match limits.quota {
+        Some((quota, period)) => format!("{quota} {period}"),
+        None => "max".to_owned(),
+    };
+    write(path, "cpu.max", &max)?;
+    let weight = limits.shares.map_or(100, weight);
+    write(path, "cpu.weight", &weight.to_string())
+}
+
+/// Shares of 2 to 262144 as a weight of 1 to 10000, linear as systemd and containerd have it.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+}
+
+/// Ends whatever is left in the groups that a journal names and removes them.
+pub fn release(journal: &Journal) -> io::Result<()> {
+    let taken = journal.read()?;
+    let groups = || {
+        taken.iter().filter_map(|taken| match taken {
+            Taken::Cgroup { path } => Some(path.as_path()),
+            _ => None,
+        })
+    };
+    if groups().next().is_none() {
+        return Ok(());
+    }
+    groups().try_for_each(remove)?;
+    journal.forget(|taken| matches!(taken, Taken::Cgroup { .. }))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match gone_is_fine(std::fs::remove_dir(path)) {
+            // Somebody is in there.
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < PATIENCE => {
+                gone_is_fine(write(path, "cgroup.kill", "1"))?;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            done => return done.map_err(failed("remove the control group", path)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weight_goes_from_one_end_to_the_other() {
+        assert_eq!(
+            [weight(0), weight(2), weight(262_144), weight(u64::MAX)],
+            [1, 1, 10_000, 10_000]
+        );
+        assert_eq!(weight(1024), 39);
+    }
+
+    #[test]
+    fn release_of_a_group_that_is_gone_forgets_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::in_dir(dir.path());
+        let path = dir.path().join("gone");
+        journal.record(&Taken::Cgroup { path }).unwrap();
+        release(&journal).unwrap();
+        assert_eq!(journal.read().unwrap(), []);
+    }
+}
