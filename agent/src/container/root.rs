@@ -227,14 +227,14 @@ fn source(entry: &Entry, user_namespace: bool) -> Result<Option<OwnedFd>> {
         && matches!(entry.kind.as_str(), "proc" | "sysfs")
         && entry.options.data.is_empty()
     {
-        let context = fsopen(entry.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).attempt(what)?;
-        match fsconfig_create(&context) {
+        let context = match fsopen(entry.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC) {
             // A new sysfs shows a network namespace, which here is the guest's own.
             Err(Errno::PERM) if entry.kind == "sysfs" => {
                 return clone_tree(Path::new("/sys"), true).attempt(what).map(Some);
             }
-            made => made.attempt(what)?,
-        }
+            opened => opened.attempt(what)?,
+        };
+        fsconfig_create(&context).attempt(what)?;
         return fsmount(
             &context,
             FsMountFlags::FSMOUNT_CLOEXEC,
