@@ -12,6 +12,7 @@ use std::time::Duration;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 pub(crate) use stats::Stats;
 
@@ -150,6 +151,30 @@ impl Cgroup {
     /// A descriptor of the directory, for clone3.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
+    }
+
+    /// Where a process is added: in the group itself or, once it has groups with controllers below and so may hold
+    /// none (systemd and Docker's daemon make such), in that of the container's first process.
+    pub(crate) fn place_beside(&self, first: Pid) -> Result<OwnedFd> {
+        let first = first.as_raw_nonzero();
+        let what = || format!("find the cgroup of process {first}");
+        let is_leaf = self
+            .read("cgroup.subtree_control")
+            .is_ok_and(|c| c.trim().is_empty());
+        if is_leaf {
+            return self.dir.try_clone().attempt(what);
+        }
+        let text = std::fs::read_to_string(format!("/proc/{first}/cgroup")).attempt(what)?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+        let place = Path::new(ROOT).join(path.unwrap_or_default());
+        if !place.starts_with(&self.path) {
+            return Err(Error::new(
+                Kind::Internal,
+                format!("{}: it is {}", what(), place.display()),
+            ));
+        }
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        rustix::fs::open(&place, flags, Mode::empty()).attempt(what)
     }
 
     /// The processes in it and below.

@@ -435,10 +435,7 @@ impl Container {
         let cgroup = match job {
             // A tool must go on where the container may be frozen.
             Some(_) => open(crate::cgroup::ROOT)?,
-            None => lock(&self.cgroup)
-                .as_fd()
-                .try_clone_to_owned()
-                .attempt(|| "use the container's cgroup".into())?,
+            None => lock(&self.cgroup).place_beside(self.first.pid)?,
         };
         let role = match stays {
             true => Role::Stays,

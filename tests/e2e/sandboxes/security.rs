@@ -98,6 +98,29 @@ fn privileged_has_the_guest_and_nothing_of_the_host() {
 }
 
 #[test]
+fn exec_goes_on_where_the_container_has_groups_of_its_own() {
+    let host = Host::with_images();
+    let script = "cd /sys/fs/cgroup; mkdir first; echo 1 > first/cgroup.procs
+        echo +pids > cgroup.subtree_control && echo ready; exec sleep 100000";
+    let mut run = host.start_run([
+        "--privileged",
+        "--name",
+        "box",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]);
+    run.prints("ready");
+    host.casemate(["exec", "box", "cat", "/proc/self/cgroup"])
+        .succeeds()
+        .prints("0::/first\n");
+    host.casemate(["rm", "-f", "box"]).succeeds();
+    run.ends();
+    host.is_clean();
+}
+
+#[test]
 fn user_namespace_of_its_own_keeps_files_and_loses_the_kernel() {
     let host = Host::with_images();
     let script = "id -u; tr -s ' ' < /proc/self/uid_map; echo x > /file && stat -c %u /file
