@@ -161,7 +161,7 @@ fn github_job_goes_through_all_hooks_and_its_cache_is_kept() {
     runner.prepared();
     let script = "test \"$PWD\" = '/__w/my repo/my repo'
         echo \"$OF_JOB|$BOTH|$CI|$HOME\"
-        tr '\\0' '\\n' < /proc/self/environ | grep INPUT_FETCH-DEPTH
+        tr '\\0' '\\n' < /proc/$$/environ | grep INPUT_FETCH-DEPTH
         echo ${PATH%%:/opt/x:*}
         cat
         touch /__w/_temp/output /github/home/x

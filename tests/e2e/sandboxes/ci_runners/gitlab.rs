@@ -17,6 +17,7 @@ struct Job<'a> {
     variables: Vec<(String, String)>,
     job_env: Vec<(String, String)>,
     grace: u32,
+    helpers: &'static str,
 }
 
 /// What GitLab sends for a job of project 5, as far as it matters.
@@ -54,6 +55,7 @@ impl<'a> Job<'a> {
             variables: vec![("CI_JOB_IMAGE".into(), "busybox".into())],
             job_env: Vec::new(),
             grace: 600,
+            helpers: "",
         }
     }
 
@@ -69,6 +71,7 @@ impl<'a> Job<'a> {
         command
             .current_dir(&self.dir)
             .env("CASEMATE_CI_GRACE", self.grace.to_string())
+            .env("CASEMATE_CI_HELPERS", self.helpers)
             .env("TMPDIR", &self.dir)
             .env("BUILD_FAILURE_EXIT_CODE", BUILD_FAILED.to_string())
             .env("SYSTEM_FAILURE_EXIT_CODE", SYSTEM_FAILED.to_string())
@@ -144,7 +147,11 @@ impl<'a> Job<'a> {
 #[test]
 fn gitlab_job_goes_through_all_stages_and_its_cache_is_kept() {
     let host = Host::with_images();
+    let helper = "cd /to; printf '#!/bin/sh\necho helped' > gitlab-runner; chmod 755 gitlab-runner";
+    host.run(["-v", "ci-helpers:/to", "busybox", "sh", "-c", helper])
+        .succeeds();
     let mut job = Job::protected(&host, 1);
+    job.helpers = "ci-helpers";
     let config: Value = serde_json::from_str(&job.config().succeeds().text()).unwrap();
     assert_eq!(config["builds_dir"], "/builds");
     assert_eq!(config["builds_dir_is_shared"], false);
@@ -157,6 +164,12 @@ fn gitlab_job_goes_through_all_stages_and_its_cache_is_kept() {
         "mkdir -p /builds/g/p; echo it > /builds/g/p/it",
     )
     .succeeds();
+    job.runs(
+        "restore_cache",
+        "gitlab-runner cache-extractor; ! touch /opt/ci-helpers/x",
+    )
+    .succeeds()
+    .prints("helped\n");
     // Standard input is not the rest of the script.
     let script = "cd /builds/g/p; cat; cat it; echo first > /cache/who; printf '%s' \"it's\" >&2
         mkdir /artifacts/dir; echo built > \"/artifacts/dir/-a 'name\"; ln -s /etc/passwd /artifacts/link";
@@ -183,8 +196,13 @@ fn gitlab_job_goes_through_all_stages_and_its_cache_is_kept() {
     // Another branch's job gets it, and changes nothing for others.
     Job::new(&host, 2).passes("grep first /cache/who; echo second > /cache/who");
     assert_eq!(cached(&host, "gl-5"), "first");
-    Job::protected(&host, 3).passes("grep first /cache/who; echo third > /cache/who");
+    // An image with an entrypoint, a stop signal and a user of its own.
+    let mut job = Job::protected(&host, 3);
+    job.sets("CI_JOB_IMAGE", "configured");
+    job.passes("id -un; grep first /cache/who; rm /cache/who; echo third > /cache/who; touch /builds/x /artifacts/x");
     assert_eq!(cached(&host, "gl-5"), "third");
+    assert_eq!(names_in(&job.artifacts()), ["x"]);
+    host.casemate(["volume", "rm", "ci-helpers"]).succeeds();
     only_caches_are_left(&host);
 }
 
