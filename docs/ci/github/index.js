@@ -24,7 +24,12 @@ const job = 'github-' + crypto.createHash('sha256').update(required('RUNNER_TEMP
 const failed = path.join(os.tmpdir(), `casemate-${job}.failed`)
 const noFollow = fs.constants.O_WRONLY | fs.constants.O_TRUNC | fs.constants.O_NOFOLLOW
 
-const hooks = { prepare_job: prepareJob, run_script_step: runScriptStep, run_container_step: runContainerStep, cleanup_job: cleanupJob }
+const hooks = {
+  prepare_job: prepareJob,
+  run_script_step: runScriptStep,
+  run_container_step: runContainerStep,
+  cleanup_job: cleanupJob
+}
 
 main().catch(error => {
   console.error(`casemate: ${error.message}`)
@@ -118,7 +123,8 @@ async function step (action) {
 
 // What a workflow's author may ask of Docker would reach beyond the job's VM.
 function check (container) {
-  for (const [what, value] of [['options', container.createOptions], ['ports', container.portMappings], ['volumes', container.userMountVolumes]]) {
+  const wishes = { options: container.createOptions, ports: container.portMappings, volumes: container.userMountVolumes }
+  for (const [what, value] of Object.entries(wishes)) {
     if (value?.length) throw new Error(`this runner takes no \`${what}\` of containers: ${JSON.stringify(value)}`)
   }
 }
@@ -130,7 +136,8 @@ function mounts (container) {
     inner.targetVolumePath.startsWith(`${outer.targetVolumePath}/`) &&
     inner.sourceVolumePath === outer.sourceVolumePath + inner.targetVolumePath.slice(outer.targetVolumePath.length)
   return all.filter(mount => !all.some(other => within(mount, other))).flatMap(mount => {
-    const fields = ['type=bind', `source=${mount.sourceVolumePath}`, `target=${mount.targetVolumePath}`, ...(mount.readOnly ? ['readonly'] : [])]
+    const fields = ['type=bind', `source=${mount.sourceVolumePath}`, `target=${mount.targetVolumePath}`]
+    if (mount.readOnly) fields.push('readonly')
     return ['--mount', fields.map(field => `"${field.replaceAll('"', '""')}"`).join(',')]
   })
 }
@@ -138,7 +145,9 @@ function mounts (container) {
 // The lines of an environment file, which can't hold more than lines.
 function variables (map) {
   return Object.entries(map).map(([name, value]) => {
-    if (/[\r\n]/.test(name + value)) throw new Error(`the variable ${JSON.stringify(name)} has several lines, which container actions can't get here`)
+    if (/[\r\n]/.test(name + value)) {
+      throw new Error(`the variable ${JSON.stringify(name)} has several lines, which container actions can't get here`)
+    }
     return `${name}=${value}\n`
   }).join('')
 }

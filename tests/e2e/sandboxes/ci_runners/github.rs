@@ -277,6 +277,30 @@ fn github_jobs_at_once_have_a_cache_each() {
 }
 
 #[test]
+fn github_registry_password_is_there_while_the_image_is_fetched() {
+    use std::os::unix::fs::PermissionsExt;
+    let host = Host::with_images();
+    let mut runner = Runner::new(&host, "runner");
+    let stand_in = host.dir().join("stand-in");
+    fs::write(
+        &stand_in,
+        "#!/bin/sh\ncat \"$DOCKER_CONFIG/config.json\" >&2; ls -l \"$DOCKER_CONFIG\" >&2; exit 1\n",
+    )
+    .unwrap();
+    fs::set_permissions(&stand_in, fs::Permissions::from_mode(0o755)).unwrap();
+    runner.sets("CASEMATE", stand_in.to_str().unwrap());
+    let mut container = runner.container();
+    container["registry"] = json!({"username": "u", "password": "p:'\"", "serverUrl": "ghcr.io"});
+    let args = json!({"container": container, "services": []});
+    runner
+        .calls("prepare_job", args)
+        .ends_with(1)
+        .complains_of(r#"{"auths":{"ghcr.io":{"auth":"dTpwOici"}}}"#)
+        .complains_of("-rw-------");
+    assert!(names_in(&runner.root.join("tmp")).is_empty());
+}
+
+#[test]
 fn github_job_reaches_nothing_of_its_host() {
     let host = Host::with_images();
     let mut runner = Runner::new(&host, "runner");
