@@ -4,6 +4,7 @@ mod bad_guests;
 mod bad_options;
 mod binds;
 mod check;
+mod ci_runners;
 mod confined;
 mod containers;
 mod detached;
