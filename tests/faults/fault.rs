@@ -1,6 +1,8 @@
 //! One point: the fault, and what must be true afterwards.
 
+use std::fmt;
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use casemate_tests::machine::{self, Snapshot};
@@ -63,12 +65,23 @@ impl Durations {
     }
 }
 
-/// Whether a fault met anything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    Hit,
-    /// The phase was over before it.
-    Missed,
+/// What came of a point.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The fault met something; else the phase was over before it.
+    pub(crate) hit: bool,
+    /// The disturbed command's exit code.
+    code: i32,
+    /// What `ps` then said.
+    state: Option<String>,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state.as_deref().unwrap_or("gone");
+        let missed = if self.hit { "" } else { "over before it; " };
+        write!(f, "{missed}exit code {}, then {state}", self.code)
+    }
 }
 
 /// Has the fault happen, and judges what is left.
@@ -98,18 +111,27 @@ pub(crate) fn happens(scene: &mut Scene, durations: &Durations, point: &Point) -
         std::thread::sleep(wait.unwrap_or_default());
     }
     let mut command = scene.begin(phase, net);
-    let (outcome, filler) = strike(scene, fault, delay, &mut command);
+    let (hit, filler) = strike(scene, fault, delay, &mut command);
     let finished = command.ends();
     if let Some(filler) = &filler {
         // The sandbox meets the full disk for a while.
         std::thread::sleep(delay);
         fs::remove_file(filler).unwrap();
     }
+    if let Some(death) = death {
+        let left = death.duration_since(SystemTime::now());
+        std::thread::sleep(left.unwrap_or_default());
+    }
     scene.guests_die(None);
     told = told.max(scene.told());
 
     speaks_up(&finished, fault);
-    let state = ps_tells_the_truth(scene);
+    let deadly = match fault {
+        Fault::Kill(victim) => victim != Victim::Cli && hit,
+        Fault::Agent | Fault::Kernel => true,
+        Fault::DiskFull | Fault::Plugin(..) | Fault::NoPasst => false,
+    };
+    let state = ps_tells_the_truth(scene, deadly);
     agrees(phase, &finished, state.as_deref());
     told = told.max(scene.told());
     // A plugin that fails keeps what it has to give back from being forgotten.
@@ -122,7 +144,11 @@ pub(crate) fn happens(scene: &mut Scene, durations: &Durations, point: &Point) -
     scene.volume_has(told);
     unchanged_since(scene, &before);
     scene.neighbour_goes_on();
-    outcome
+    Outcome {
+        hit,
+        code: finished.code(),
+        state,
+    }
 }
 
 /// When the guest shall die, if it shall, which is set before it boots.
@@ -155,12 +181,15 @@ fn strike(
     fault: Fault,
     delay: Duration,
     command: &mut Running,
-) -> (Outcome, Option<std::path::PathBuf>) {
+) -> (bool, Option<PathBuf>) {
     let happens_at = Instant::now() + delay;
     let wait = || std::thread::sleep(happens_at.saturating_duration_since(Instant::now()));
     match fault {
         Fault::Kill(Victim::Cli) => {
             wait();
+            if command.has_ended() {
+                return (false, None);
+            }
             command.gets(Signal::KILL);
         }
         Fault::Kill(victim) => {
@@ -174,7 +203,7 @@ fn strike(
                     Victim::Passt => &["passt", "passt.avx2"],
                     Victim::All => &[SHIM, VMM, "virtiofsd", "passt", "passt.avx2"],
                 };
-                if victim == Victim::All {
+                if victim == Victim::All && !command.has_ended() {
                     command.gets(Signal::KILL);
                 }
                 let over = command.has_ended();
@@ -183,19 +212,19 @@ fn strike(
                     break;
                 }
                 if over {
-                    return (Outcome::Missed, None);
+                    return (false, None);
                 }
             }
         }
         Fault::DiskFull => {
             wait();
-            return (Outcome::Hit, Some(scene.fill_disk()));
+            return (true, Some(scene.fill_disk()));
         }
         Fault::Plugin(call, name) => scene.fail(Some(&format!("{call} {name}"))),
         Fault::NoPasst => scene.fail(Some("passt")),
         Fault::Agent | Fault::Kernel => {}
     }
-    (Outcome::Hit, None)
+    (true, None)
 }
 
 /// A command that failed says why.
@@ -204,10 +233,14 @@ fn speaks_up(finished: &Finished, fault: Fault) {
     if finished.code() != 0 && !(killed && finished.code() == 137) {
         finished.fails();
     }
+    if matches!(fault, Fault::Plugin("ADD", _) | Fault::NoPasst) {
+        finished.fails().complains_of("made to fail");
+    }
 }
 
-/// Waits until `ps` and the living processes say the same, which must be soon, and that a running sandbox works.
-fn ps_tells_the_truth(scene: &Scene) -> Option<String> {
+/// Waits until `ps` and the living processes say the same, which must be soon. A sandbox that is said to run works; after
+/// a deadly fault none does.
+fn ps_tells_the_truth(scene: &Scene, deadly: bool) -> Option<String> {
     let deadline = Instant::now() + SETTLES;
     loop {
         let state = scene.state();
@@ -217,10 +250,10 @@ fn ps_tells_the_truth(scene: &Scene) -> Option<String> {
         let words = match state.as_deref() {
             Some("running") if lives => {
                 let exec = scene.command(["exec", BOX, "echo", "alive"]);
-                if exec.code() == 0 {
+                if exec.code() == 0 && !deadly {
                     return state;
                 }
-                exec.stderr_text()
+                exec.text() + &exec.stderr_text()
             }
             Some("created" | "exited") | None if dead => return state,
             _ => String::new(),

@@ -92,10 +92,9 @@ fn points(options: &Options) -> usize {
         let outcome = catch_unwind(AssertUnwindSafe(|| stage.play(&point)));
         let took = begun_point.elapsed().as_secs_f64();
         match outcome {
-            Ok(Outcome::Hit) => println!("ok {point} ({took:.1} s)"),
-            Ok(Outcome::Missed) => {
-                missed += 1;
-                println!("ok {point} ({took:.1} s): over before it");
+            Ok(outcome) => {
+                missed += usize::from(!outcome.hit);
+                println!("ok {point} ({took:.1} s): {outcome}");
             }
             Err(_) => {
                 failed += 1;
@@ -105,10 +104,10 @@ fn points(options: &Options) -> usize {
                     point.number
                 );
                 // What is left of it must not be the next one's.
-                stage = Stage {
-                    durations: stage.durations,
-                    ..Stage::default()
-                };
+                match point.fault {
+                    Fault::DiskFull => drop(stage.small.take()),
+                    _ => drop(stage.main.take()),
+                }
             }
         }
     }

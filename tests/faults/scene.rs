@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use casemate_tests::{Finished, Host, Running, SmallDisk, paths};
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::guest::{self, Dies};
 use crate::plan::{Net, Phase};
@@ -23,7 +23,7 @@ const BOUND: Duration = Duration::from_secs(100);
 /// Syncs a file after the other to the volume and tells each; a process that reads the bind keeps virtiofsd busy.
 const WORK: &str = "trap 'exit 0' TERM; cd /data; i=1
 while :; do
-  seq $i $((i+200)) | dd of=$i conv=fsync 2>/dev/null && echo done $i
+  until seq $i $((i+200)) | dd of=$i conv=fsync 2>/dev/null; do sleep 0.2; done; echo done $i
   cat /bind/file > /dev/null; i=$((i+1)); sleep 0.2
 done";
 /// Every file that was told must be there, whole; then makes room for the next sandbox.
@@ -367,5 +367,19 @@ impl Scene {
             self.command(["rm", "-f", NEIGHBOUR]).succeeds();
         }
         self.host.is_clean();
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        // After a point that failed: its leftovers must not be those of the next one.
+        self.fail(None);
+        let _ = self.host.command(["rm", "-f", BOX, NEIGHBOUR]).output();
+        for line in self.host.all_processes() {
+            let pid = line.split(' ').nth(1).and_then(|pid| pid.parse().ok());
+            if let Some(pid) = pid.and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
     }
 }
