@@ -52,8 +52,11 @@ impl Durations {
         }
         scene.volume_has(0);
         scene.forget_copies();
-        let total: Duration = self.0.iter().map(|entry| entry.2).sum();
-        println!("undisturbed on {net:?}: {total:.1?} {:.1?}", self.0);
+        let taken = self.0.iter().filter(|entry| entry.1 == net);
+        let taken: Vec<String> = taken
+            .map(|(phase, _, t)| format!("{phase:?} {t:.1?}"))
+            .collect();
+        println!("undisturbed on {net:?}: {}", taken.join(", "));
     }
 
     fn of(&self, phase: Phase, net: Net) -> Duration {
@@ -125,10 +128,10 @@ pub(crate) fn happens(scene: &mut Scene, durations: &Durations, point: &Point) -
     scene.guests_die(None);
     told = told.max(scene.told());
 
-    speaks_up(&finished, fault);
+    speaks_up(phase, fault, &finished);
     let deadly = match fault {
         Fault::Kill(victim) => victim != Victim::Cli && hit,
-        Fault::Agent | Fault::Kernel => true,
+        Fault::Agent | Fault::Kernel | Fault::Orphan(_) => true,
         Fault::DiskFull | Fault::Plugin(..) | Fault::NoPasst => false,
     };
     let state = ps_tells_the_truth(scene, deadly);
@@ -221,15 +224,25 @@ fn strike(
             return (true, Some(scene.fill_disk()));
         }
         Fault::Plugin(call, name) => scene.fail(Some(&format!("{call} {name}"))),
+        Fault::Orphan(name) => {
+            scene.fail(Some(&format!("slow {name}")));
+            while !scene.slow_file().exists() {
+                if command.has_ended() {
+                    return (false, None);
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            machine::kill(&scene.processes(SHIM));
+        }
         Fault::NoPasst => scene.fail(Some("passt")),
         Fault::Agent | Fault::Kernel => {}
     }
     (true, None)
 }
 
-/// A command that failed says why.
-fn speaks_up(finished: &Finished, fault: Fault) {
-    let killed = matches!(fault, Fault::Kill(Victim::Cli | Victim::All));
+/// A command that failed says why, unless it was killed, or passes on that a process inside was.
+fn speaks_up(phase: Phase, fault: Fault, finished: &Finished) {
+    let killed = phase == Phase::Exec || matches!(fault, Fault::Kill(Victim::Cli | Victim::All));
     if finished.code() != 0 && !(killed && finished.code() == 137) {
         finished.fails();
     }

@@ -46,6 +46,8 @@ pub(crate) enum Fault {
     DiskFull,
     /// A CNI plugin fails: its command and its name.
     Plugin(&'static str, &'static str),
+    /// The shim is killed while a CNI plugin's own child still works, which goes on.
+    Orphan(&'static str),
     /// passt doesn't start.
     NoPasst,
 }
@@ -80,7 +82,7 @@ impl fmt::Display for Point {
 
 /// What can go wrong where. The first dozen are a selection of their own: every kind of fault and every phase.
 const CELLS: &[(Phase, Fault, Net)] = {
-    use Fault::{Agent, DiskFull, Kernel, Kill, NoPasst, Plugin};
+    use Fault::{Agent, DiskFull, Kernel, Kill, NoPasst, Orphan, Plugin};
     use Net::{Bridge, None, Passt};
     use Phase::{CopyIn, CopyOut, Create, Exec, Remove, Start, Stop};
     use Victim::{All, Cli, Shim, Virtiofsd, Vmm};
@@ -112,6 +114,8 @@ const CELLS: &[(Phase, Fault, Net)] = {
         (Start, Plugin("ADD", "bridge"), Bridge),
         (Start, Plugin("ADD", "host-local"), Bridge),
         (Start, NoPasst, Passt),
+        (Start, Orphan("bridge"), Bridge),
+        (Start, Orphan("portmap"), Bridge),
         (Create, DiskFull, None),
         (Exec, Kill(Cli), None),
         (Exec, Kill(Shim), Bridge),

@@ -83,6 +83,8 @@ impl Scene {
             neighbour: None,
         };
         scene.prepare();
+        // The first life's traces are the host's: templates, directories.
+        scene.volume_has(0);
         scene
     }
 
@@ -107,11 +109,16 @@ impl Scene {
         fs::create_dir_all(&dir).unwrap();
         let fail = self.fail_file();
         let fail = fail.display();
+        let slow = self.slow_file();
+        let slow = slow.display();
         let wrap = |name: &str, program: &Path, call: &str| {
             let program = program.display();
             let text = format!(
-                "#!/bin/sh\nif [ -e {fail} ] && [ \"$(cat {fail})\" = \"{call}\" ]; then\n\
+                "#!/bin/sh\nread -r fails 2> /dev/null < {fail}\n\
+                 if [ \"$fails\" = \"{call}\" ]; then\n\
                  echo '{{\"code\": 100, \"msg\": \"made to fail\"}}'; echo 'made to fail' >&2; exit 1\nfi\n\
+                 if [ \"$fails $CNI_COMMAND\" = \"slow {name} ADD\" ]; then\n\
+                 : > {slow}; (sleep 2; exec {program} \"$@\") <&0 & wait $!; exit $?\nfi\n\
                  exec {program} \"$@\"\n"
             );
             let path = dir.join(name);
@@ -129,12 +136,19 @@ impl Scene {
         self.host.dir().join("failing")
     }
 
-    /// Has a helper fail from now on: `ADD bridge`, `passt`; `None`: all work again.
+    /// Is there once a plugin that was made slow works.
+    pub(crate) fn slow_file(&self) -> PathBuf {
+        self.host.dir().join("slow")
+    }
+
+    /// Has a helper fail from now on: `ADD bridge`, `passt`; or makes a plugin slow that has a child do its work:
+    /// `slow bridge`. `None`: all work again.
     pub(crate) fn fail(&self, call: Option<&str>) {
         match call {
-            Some(call) => fs::write(self.fail_file(), call).unwrap(),
+            Some(call) => fs::write(self.fail_file(), format!("{call}\n")).unwrap(),
             None => {
                 let _ = fs::remove_file(self.fail_file());
+                let _ = fs::remove_file(self.slow_file());
             }
         }
     }
