@@ -128,7 +128,7 @@ pub(crate) fn happens(scene: &mut Scene, durations: &Durations, point: &Point) -
     scene.guests_die(None);
     told = told.max(scene.told());
 
-    speaks_up(phase, fault, &finished);
+    speaks_up(fault, &finished);
     let deadly = match fault {
         Fault::Kill(victim) => victim != Victim::Cli && hit,
         Fault::Agent | Fault::Kernel | Fault::Orphan(_) => true,
@@ -240,9 +240,9 @@ fn strike(
     (true, None)
 }
 
-/// A command that failed says why, unless it was killed, or passes on that a process inside was.
-fn speaks_up(phase: Phase, fault: Fault, finished: &Finished) {
-    let killed = phase == Phase::Exec || matches!(fault, Fault::Kill(Victim::Cli | Victim::All));
+/// A command that failed says why, unless it was killed itself.
+fn speaks_up(fault: Fault, finished: &Finished) {
+    let killed = matches!(fault, Fault::Kill(Victim::Cli | Victim::All));
     if finished.code() != 0 && !(killed && finished.code() == 137) {
         finished.fails();
     }

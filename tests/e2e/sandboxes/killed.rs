@@ -34,6 +34,21 @@ fn vmm_killed_ends_the_command_with_an_error_and_leaves_nothing() {
 }
 
 #[test]
+fn exec_whose_vmm_is_killed_says_why() {
+    let host = Host::with_images();
+    let long = ["run", "-d", "--name", "box", "busybox", "sleep", "100000"];
+    host.casemate(long).succeeds();
+    let mut exec = host.start(["exec", "box", "sh", "-c", "echo up; exec sleep 100000"]);
+    exec.prints("up");
+    kill(&host, "casemate-vmm");
+    exec.ends()
+        .ends_with(137)
+        .complains_of("container box ended");
+    host.casemate(["rm", "box"]).succeeds();
+    host.is_clean();
+}
+
+#[test]
 fn shim_killed_ends_the_vmm_and_the_next_command_cleans_up() {
     let host = Host::with_images();
     let mut run = host.start_run(SLEEPER);
