@@ -19,7 +19,7 @@ TRIPLE  := x86_64-unknown-linux-gnu
 STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --locked --quiet --release --target $(TRIPLE)
 GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --locked --quiet --profile agent --target $(TRIPLE)
 
-.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e gate fuzz bench reproduce install uninstall clean
+.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e faults gate fuzz bench reproduce install uninstall clean
 
 all: build
 
@@ -77,6 +77,10 @@ e2e: setup-test build ## the end-to-end tests, on the KVM host
 	tests/kvm-host/selftest
 	vmm/tests/run
 	tests/run-e2e
+	tests/run-faults --points 12 --cycles 5
+
+faults: setup-test build ## FAULT_POINTS=200 FAULT_CYCLES=1000 FAULT_SEED=1
+	tests/run-faults --points $(or $(FAULT_POINTS),200) --cycles $(or $(FAULT_CYCLES),1000) --seed $(or $(FAULT_SEED),1)
 
 gate: setup-test build ## compare the starts with tests/bench/baseline.json
 	tests/bench/run gate

@@ -21,6 +21,8 @@ fn main() -> ExitCode {
         }
         Some((verb, [])) if verb == "hog" => hog(),
         Some((verb, [])) if verb == "power-off" => power_off(),
+        Some((verb, [when])) if verb == "end-agent" => end_agent(when),
+        Some((verb, [when])) if verb == "end-kernel" => end_kernel(when),
         Some((verb, [port])) if verb == "udp-echo" => udp_echo(port),
         Some((verb, [length])) if verb == "stream" && length.parse::<u64>().is_ok() => {
             let length = length.parse().unwrap_or(0);
@@ -49,10 +51,52 @@ fn main() -> ExitCode {
         }
         _ => {
             eprintln!(
-                "usage: guest-tool udp-echo PORT | map FILE TEXT | lock FILE SECONDS | tree ROOT [SKIP…] | stream BYTES | hog | power-off"
+                "usage: guest-tool udp-echo PORT | map FILE TEXT | lock FILE SECONDS | tree ROOT [SKIP…] | stream BYTES | hog | power-off | end-agent MILLISECONDS | end-kernel MILLISECONDS"
             );
             ExitCode::from(2)
         }
+    }
+}
+
+/// Waits until so many milliseconds after the epoch.
+fn wait_until(when: &str) {
+    let when = std::time::Duration::from_millis(when.parse().unwrap_or(0));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    std::thread::sleep(when.saturating_sub(now.unwrap_or_default()));
+}
+
+/// Writes over the code of PID 1, whose /proc is mounted on /watched: its next instruction is its last.
+fn end_agent(when: &str) -> ExitCode {
+    use std::os::unix::fs::FileExt;
+    wait_until(when);
+    let maps = std::fs::read_to_string("/watched/1/maps").unwrap_or_default();
+    let memory = std::fs::File::options().write(true).open("/watched/1/mem");
+    let Ok(memory) = memory else {
+        return ExitCode::FAILURE;
+    };
+    for line in maps
+        .lines()
+        .filter(|line| line.contains(" r-xp ") && line.contains('/'))
+    {
+        let bounds = line
+            .split(' ')
+            .next()
+            .and_then(|range| range.split_once('-'));
+        let number = |text: &str| u64::from_str_radix(text, 16).unwrap_or(0);
+        let (start, end) = bounds.map_or((0, 0), |(start, end)| (number(start), number(end)));
+        // A breakpoint instruction.
+        let code = vec![0xcc; end.saturating_sub(start) as usize];
+        let _ = memory.write_all_at(&code, start);
+    }
+    ExitCode::SUCCESS
+}
+
+/// Has the kernel panic: it is told to do so when memory runs out, and it does.
+fn end_kernel(when: &str) -> ExitCode {
+    wait_until(when);
+    match std::fs::write("/watched/sys/vm/panic_on_oom", "2") {
+        Ok(()) => hog(),
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

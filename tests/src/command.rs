@@ -143,6 +143,11 @@ impl Running {
         self
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(_)))
+    }
+
     /// Closes stdin and waits for the end.
     pub fn ends(mut self) -> Finished {
         self.stdin = None;

@@ -70,6 +70,12 @@ impl Host {
 
     /// Writes the user's configuration file.
     pub fn configured(self, toml: &str) -> Self {
+        self.configure(toml);
+        self
+    }
+
+    /// Replaces the user's configuration file.
+    pub fn configure(&self, toml: &str) {
         // An emulated host on a busy machine may take its time, which is no failure.
         let patient = if toml.contains("start_timeout") {
             ""
@@ -84,7 +90,6 @@ impl Host {
         let toml = format!("{patient}{quiet}{toml}");
         let file = self.dir.path().join("home/.config/casemate/config.toml");
         fs::write(file, toml).expect("the scratch directory is writable");
-        self
     }
 
     /// A directory of the test's own.
@@ -170,6 +175,11 @@ impl Host {
     /// Processes of this host whose executable has that name, e.g. `casemate-vmm`.
     pub fn processes(&self, executable: &str) -> Vec<rustix::process::Pid> {
         leftovers::processes(self.dir.path(), Some(executable))
+    }
+
+    /// All processes of this host, each with its number and executable.
+    pub fn all_processes(&self) -> Vec<String> {
+        leftovers::named_processes(self.dir.path())
     }
 
     /// No sandbox, scratch disk or process is left, at once or very soon.

@@ -21,15 +21,7 @@ const OURS: [&str; 5] = [
 pub(crate) fn after(patience: Duration, dir: &Path, state: &Path, data: &Path) -> Vec<String> {
     let deadline = Instant::now() + patience;
     loop {
-        let mut found: Vec<String> = processes(dir, None)
-            .into_iter()
-            .map(|pid| {
-                format!(
-                    "process {pid:?} {}",
-                    executable(pid.as_raw_nonzero().get() as u32)
-                )
-            })
-            .collect();
+        let mut found = named_processes(dir);
         found.extend(sandboxes(state));
         found.extend(addresses(&state.join("addresses")));
         found.extend(disks(&data.join("scratch")));
@@ -146,6 +138,15 @@ pub(crate) fn processes(dir: &Path, wanted: Option<&str>) -> Vec<Pid> {
         .into_iter()
         .filter(|pid| wanted.is_none_or(|wanted| executable(*pid) == wanted))
         .filter_map(|pid| Pid::from_raw(pid as i32))
+        .collect()
+}
+
+/// All of them, each with its number and executable.
+pub(crate) fn named_processes(dir: &Path) -> Vec<String> {
+    let name = |pid: Pid| executable(pid.as_raw_nonzero().get() as u32);
+    let found = processes(dir, None).into_iter();
+    found
+        .map(|pid| format!("process {} {}", pid.as_raw_nonzero(), name(pid)))
         .collect()
 }
 

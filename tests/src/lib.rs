@@ -11,6 +11,7 @@
 //! ```
 
 pub mod fixture;
+pub mod machine;
 pub mod paths;
 pub mod registry;
 pub mod stream;
@@ -18,11 +19,13 @@ pub mod stream;
 mod command;
 mod host;
 mod leftovers;
+mod small_disk;
 mod terminal;
 mod tree;
 
 pub use command::{Finished, Running};
 pub use host::Host;
 pub use registry::Registry;
+pub use small_disk::SmallDisk;
 pub use terminal::Terminal;
 pub use tree::list as list_tree;

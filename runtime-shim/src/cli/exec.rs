@@ -2,17 +2,19 @@
 
 use super::args::ExecArgs;
 use super::attend::{self, Attached, Fifos, Signals};
-use super::client::ProcessId;
+use super::client::{Client, ProcessId};
 use super::lifecycle::Running;
 use super::run::{self, Failure};
 use super::{caps, containers, create, env, spec, terminal};
+use crate::rpc::KILLED;
 use crate::settings::Settings;
-use crate::state::Container;
+use crate::state::{Container, StateRoot};
 use anyhow::{Context, bail};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The type of the Task API's process specs.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -83,7 +85,33 @@ pub(super) async fn exec(settings: &Settings, args: &ExecArgs) -> Result<u8, Fai
     let code = ended?.code();
     let exec = [("execID", id.clone()), ("exitCode", code.to_string())];
     root.tell(&container.meta, "exec_die", exec);
-    Ok(code)
+    match u32::from(code) == KILLED {
+        true => why_killed(&root, &container, &client).await.map(|()| code),
+        false => Ok(code),
+    }
+}
+
+/// A process that was killed with its whole container can't say why, but the container can.
+async fn why_killed(
+    root: &StateRoot,
+    container: &Container,
+    client: &Client,
+) -> Result<(), Failure> {
+    /// The container's end is told right after that of its processes.
+    const FOLLOWS: Duration = Duration::from_secs(1);
+    let id = &container.meta.id;
+    let ended = client.wait(ProcessId::first_of(id));
+    let _ = tokio::time::timeout(FOLLOWS, ended).await;
+    match root.find(id) {
+        Ok(now) if !now.status.error.is_empty() => {
+            let error = anyhow::anyhow!("container {} ended: {}", now.meta.name, now.status.error);
+            Err(Failure {
+                error,
+                code: KILLED as u8,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The request that adds a process.

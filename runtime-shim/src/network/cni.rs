@@ -1,18 +1,21 @@
 //! CNI plugins: programs that put a network's interface into a namespace and take it out again (CNI spec 1.0).
 //!
 //! They are trusted as much as any program that root runs, and yet each is bounded in time and in what it says: one
-//! that hangs must not hang a container. A plugin dies with the thread that waits for it.
+//! that hangs must not hang a container. A plugin dies with the thread that waits for it; what it started, such as an
+//! iptables, may go on for a moment, and the next plugin waits for that.
 
 #![allow(unsafe_code)] // what a plugin does between fork and exec
 
 use crate::fds;
 use casemate_protocol::text::printable_lines;
 use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const MAX_RESULT: u64 = 256 << 10;
 /// What is told of a plugin's last words.
 const MAX_WORDS: u64 = 4 << 10;
+/// Beside the namespace: locked as long as a plugin runs, or anything that it started.
+const LOCK: &str = "plugins.lock";
 /// Spoken by plugins since 2021.
 pub const VERSION: &str = "1.0.0";
 
@@ -236,7 +241,8 @@ impl Attachment {
             .stdout(said.try_clone().map_err(failed)?)
             .stderr(words.try_clone().map_err(failed)?);
         die_with_us(&mut process);
-        let child = fds::spawn_with(&mut process, &[]).map_err(failed)?;
+        let lock = self.lock().map_err(failed)?;
+        let child = fds::spawn_with(&mut process, &[lock.as_fd()]).map_err(failed)?;
         let status = wait(child, PATIENCE).map_err(failed)?;
         let Some(status) = status else {
             return Err(CniError::Timeout {
@@ -254,6 +260,25 @@ impl Attachment {
             plugin: kind,
             message: complaint(&said, &words, status),
         })
+    }
+
+    /// The lock that a plugin gets, and with it whatever it starts. Waits for those of before: one of a shim that was
+    /// killed might otherwise still take what we give back.
+    fn lock(&self) -> io::Result<OwnedFd> {
+        let path = self.netns.with_file_name(LOCK);
+        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let lock = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                // One that left something running for good must not keep its network from going.
+                Ok(()) | Err(rustix::io::Errno::WOULDBLOCK) => return Ok(lock),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// A plugin's own configuration for one call.
@@ -429,6 +454,18 @@ mod tests {
         assert!(floods.add().is_err());
         let silent = attachment(dir.path(), "true");
         assert!(matches!(silent.add(), Err(CniError::Result { .. })));
+    }
+
+    #[test]
+    fn delete_waits_for_what_an_ended_plugin_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let taken = dir.path().join("taken");
+        let taken = taken.display();
+        let script =
+            format!("[ $CNI_COMMAND = DEL ] && exec rm {taken}; (sleep 1; touch {taken}) & exit 3");
+        let leaves = attachment(dir.path(), &script);
+        leaves.add().unwrap_err();
+        leaves.delete(None).unwrap();
     }
 
     #[test]

@@ -1,50 +1,8 @@
 //! No free disk on the host: an error that says so, nothing left behind, and all is well once there is room.
 
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use casemate_tests::{Host, Registry, paths};
-
-/// A file system of its own below a host's directory; unmounted when dropped, which comes before the host's end.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn on(dir: &Path, size: &str) -> Self {
-        let options = format!("size={size},mode=700");
-        mount(&["-t", "tmpfs", "-o", &options, "small"], dir);
-        Self(dir.to_path_buf())
-    }
-
-    fn grows_to(&self, size: &str) {
-        mount(&["-o", &format!("remount,size={size}")], &self.0);
-    }
-
-    /// Leaves no room at all.
-    fn fills_up(&self) -> PathBuf {
-        let path = self.0.join("filler");
-        let mut file = fs::File::create(&path).unwrap();
-        for size in [1 << 20, 4096] {
-            while file.write_all(&vec![1; size]).is_ok() {}
-        }
-        path
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
-fn mount(arguments: &[&str], dir: &Path) {
-    let status = Command::new("mount").args(arguments).arg(dir).status();
-    assert!(
-        status.is_ok_and(|status| status.success()),
-        "mount {arguments:?}"
-    );
-}
+use casemate_tests::{Host, Registry, SmallDisk, paths};
 
 fn load_busybox(host: &Host) {
     let archive = paths::fixtures().join("busybox.tar");

@@ -3,35 +3,15 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use casemate_tests::Host;
-use rustix::process::{Pid, Signal, kill_process};
+use casemate_tests::{Host, machine};
+use rustix::process::Signal;
 
 const SHIM: &str = "containerd-shim-casemate-v2";
 const SLEEPER: [&str; 4] = ["busybox", "sh", "-c", "echo up; exec sleep 100000"];
 
-/// Kills what runs of it, and waits until that is truly gone: only then are its locks free.
+/// Kills what runs of it.
 fn kill(host: &Host, executable: &str) -> usize {
-    let found = host.processes(executable);
-    for pid in &found {
-        // It may have died with another one in the meantime.
-        let _ = kill_process(*pid, Signal::KILL);
-    }
-    let deadline = Instant::now() + Duration::from_secs(20);
-    for pid in &found {
-        while lives(*pid) {
-            assert!(Instant::now() < deadline, "{pid:?} outlives its death");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-    found.len()
-}
-
-fn lives(pid: Pid) -> bool {
-    let process = format!("/proc/{}", pid.as_raw_nonzero());
-    // A zombie holds nothing any more, once all of its threads are gone.
-    let threads = fs::read_dir(format!("{process}/task")).map_or(0, Iterator::count);
-    let stat = fs::read_to_string(format!("{process}/stat"));
-    threads > 1 || stat.is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
+    machine::kill(&host.processes(executable))
 }
 
 /// A shim notices by itself that its command is gone, and ends.
@@ -50,6 +30,21 @@ fn vmm_killed_ends_the_command_with_an_error_and_leaves_nothing() {
     run.prints("up");
     assert_eq!(kill(&host, "casemate-vmm"), 2);
     run.ends().fails();
+    host.is_clean();
+}
+
+#[test]
+fn exec_whose_vmm_is_killed_says_why() {
+    let host = Host::with_images();
+    let long = ["run", "-d", "--name", "box", "busybox", "sleep", "100000"];
+    host.casemate(long).succeeds();
+    let mut exec = host.start(["exec", "box", "sh", "-c", "echo up; exec sleep 100000"]);
+    exec.prints("up");
+    kill(&host, "casemate-vmm");
+    exec.ends()
+        .ends_with(137)
+        .complains_of("container box ended");
+    host.casemate(["rm", "box"]).succeeds();
     host.is_clean();
 }
 

@@ -1,6 +1,7 @@
 //! Containers on networks.
 
 use casemate_tests::Host;
+use casemate_tests::machine::{network_state as host_state, output, way_out};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard};
 
@@ -14,29 +15,6 @@ fn alone() -> MutexGuard<'static, ()> {
 /// A host whose containers are on a network unless they say otherwise.
 fn networked() -> Host {
     Host::with_images().configured("network = \"bridge\"\n")
-}
-
-/// What a program of this machine prints.
-fn output(line: &str) -> String {
-    let mut words = line.split(' ');
-    let program = words.next().expect("a program");
-    let output = Command::new(program).args(words).output();
-    let output = output.unwrap_or_else(|e| panic!("{line}: {e}"));
-    assert!(output.status.success(), "{line}: {output:?}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Everything of the network that a container could leave behind.
-fn host_state() -> String {
-    let rules: String = output("iptables-save")
-        .lines()
-        .chain(output("ip6tables-save").lines())
-        .filter(|line| !line.starts_with(['#', ':']))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    let links = output("ip -o link show");
-    let links = links.lines().filter_map(|line| line.split(": ").nth(1));
-    format!("{rules}{}", links.collect::<Vec<_>>().join("\n"))
 }
 
 /// The address that a container has on its network.
@@ -273,19 +251,6 @@ fn host_without_plugins_says_what_to_install() {
         .ends_with(125)
         .complains_of("--publish needs a network");
     host.is_clean();
-}
-
-/// An emulated host has no way out, which passt wants to see.
-fn way_out() {
-    for line in [
-        "ip link add out0 type dummy",
-        "ip addr replace 192.0.2.2/24 dev out0",
-        "ip link set out0 up",
-        "ip route replace default via 192.0.2.1",
-    ] {
-        let words: Vec<&str> = line.split(' ').collect();
-        let _ = Command::new(words[0]).args(&words[1..]).output();
-    }
 }
 
 #[test]
