@@ -83,7 +83,8 @@ pub fn release(journal: &Journal) -> Result<(), ReleaseError> {
                 }
                 done.map_err(ReleaseError::from)
             }
-            // Last: plugins look into it.
+            // Last: plugins look into it, also when they are asked again.
+            Taken::Netns { .. } if first.is_err() => Ok(()),
             Taken::Netns { path } => netns::remove(path).map_err(|source| ReleaseError::Netns {
                 path: path.clone(),
                 source,
@@ -97,4 +98,36 @@ pub fn release(journal: &Journal) -> Result<(), ReleaseError> {
     journal
         .forget(Taken::is_network)
         .map_err(ReleaseError::Journal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn release_that_a_plugin_refuses_keeps_the_namespace_for_the_next_try() {
+        let dir = tempfile::tempdir().unwrap();
+        let netns = dir.path().join(NETNS);
+        std::fs::write(&netns, "").unwrap();
+        let network = json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "false"}]});
+        let attachment = cni::Attachment {
+            container: "abc".into(),
+            netns: netns.clone(),
+            interface: "eth0".into(),
+            plugins: "/bin".into(),
+            network: network.as_object().unwrap().clone(),
+            runtime: serde_json::Map::new(),
+        };
+        let journal = Journal::in_dir(dir.path());
+        let path = netns.clone();
+        journal.record(&Taken::Netns { path }).unwrap();
+        let attachment = Box::new(attachment);
+        journal.record(&Taken::Attachment { attachment }).unwrap();
+
+        release(&journal).unwrap_err();
+
+        assert!(netns.exists());
+        assert_eq!(journal.read().unwrap().len(), 2);
+    }
 }
