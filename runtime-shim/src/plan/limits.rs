@@ -59,52 +59,46 @@ pub(super) fn limits(spec: &Spec) -> Result<Limits, PlanError> {
 impl Limits {
     /// Puts those that `resources` names in place of what was there.
     pub fn add(&mut self, resources: &LinuxResources) -> Result<(), PlanError> {
-        let limits = self;
         if let Some(cpu) = resources.cpu() {
             if let Some(list) = cpu.cpus() {
-                limits.cpus = cpus(list)?;
+                self.cpus = cpus(list)?;
             }
-            limits.quota = match (cpu.quota(), cpu.period().unwrap_or(100_000)) {
+            self.quota = match (cpu.quota(), cpu.period().unwrap_or(100_000)) {
                 (Some(quota @ 1..), period @ 1..) => Some((quota as u64, period)),
                 (Some(_), _) => None,
-                (None, _) => limits.quota,
+                (None, _) => self.quota,
             };
-            limits.shares = cpu.shares().filter(|shares| *shares > 0).or(limits.shares);
+            self.shares = cpu.shares().filter(|shares| *shares > 0).or(self.shares);
         }
         if let Some(memory) = resources.memory() {
             let positive = |bytes: i64| u64::try_from(bytes).ok().filter(|bytes| *bytes > 0);
             if let Some(limit) = memory.limit() {
-                limits.memory = positive(limit).map(|limit| guest_mib(limit) * MIB + PROCESSES);
+                self.memory = positive(limit).map(|limit| guest_mib(limit) * MIB + PROCESSES);
             }
             if let Some(reservation) = memory.reservation() {
-                limits.reservation = positive(reservation);
+                self.reservation = positive(reservation);
             }
         }
         if let Some(io) = resources.block_io() {
-            let mut add = |list: &Option<Vec<LinuxThrottleDevice>>, pick: Pick| {
-                for device in list.iter().flatten() {
-                    let number = |n: i64| u32::try_from(n).ok();
-                    let place = number(device.major()).zip(number(device.minor()));
-                    let place = place.ok_or(PlanError::Device {
-                        major: device.major(),
-                        minor: device.minor(),
-                    })?;
-                    *pick(limits.disks.entry(place).or_default()) = device.rate();
+            let all: [(_, Pick); 4] = [
+                (io.throttle_read_bps_device(), |l| {
+                    &mut l.read.bytes_per_second
+                }),
+                (io.throttle_write_bps_device(), |l| {
+                    &mut l.write.bytes_per_second
+                }),
+                (io.throttle_read_iops_device(), |l| {
+                    &mut l.read.ops_per_second
+                }),
+                (io.throttle_write_iops_device(), |l| {
+                    &mut l.write.ops_per_second
+                }),
+            ];
+            for (devices, pick) in all {
+                for device in devices.iter().flatten() {
+                    *pick(self.disks.entry(number(device)?).or_default()) = device.rate();
                 }
-                Ok(())
-            };
-            add(io.throttle_read_bps_device(), |l| {
-                &mut l.read.bytes_per_second
-            })?;
-            add(io.throttle_write_bps_device(), |l| {
-                &mut l.write.bytes_per_second
-            })?;
-            add(io.throttle_read_iops_device(), |l| {
-                &mut l.read.ops_per_second
-            })?;
-            add(io.throttle_write_iops_device(), |l| {
-                &mut l.write.ops_per_second
-            })?;
+            }
         }
         Ok(())
     }
@@ -112,6 +106,14 @@ impl Limits {
 
 /// One of a disk's four limits.
 type Pick = fn(&mut DiskLimits) -> &mut u64;
+
+/// A device's major and minor number.
+fn number(device: &LinuxThrottleDevice) -> Result<(u32, u32), PlanError> {
+    let (major, minor) = (device.major(), device.minor());
+    let number = |n: i64| u32::try_from(n).ok();
+    let both = number(major).zip(number(minor));
+    both.ok_or(PlanError::Device { major, minor })
+}
 
 /// The processors that a spec leaves to a sandbox.
 pub(super) fn processors(spec: &Spec, host: Host) -> Result<u32, PlanError> {

@@ -11,6 +11,7 @@ use super::recorder::Recorder;
 use super::shares;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
+use crate::cgroup;
 use crate::journal::{Journal, VMM_ROLE};
 use crate::plan::RootfsMount;
 use crate::rpc::{KILLED, SIGKILL, chain, status};
@@ -265,6 +266,8 @@ impl Service {
             Ok(container) => Ok(held.insert(container).clone()),
             Err(error) => {
                 network::release(&self.journal).await;
+                // What can't be given back now stays in the journal: the next command tries again, and tells.
+                let _ = cgroup::release(&self.journal);
                 Err(failed(error))
             }
         }
