@@ -12,9 +12,11 @@ mod generated {
 
 #[cfg(feature = "rpc")]
 pub use generated::{agent, agent_ttrpc};
+pub use shares::weight_of_shares;
 
 #[cfg(feature = "netlink")]
 pub mod netlink;
+mod shares;
 pub mod text;
 #[cfg(feature = "rpc")]
 pub mod tool;

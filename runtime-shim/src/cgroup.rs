@@ -5,6 +5,7 @@
 use crate::files::gone_is_fine;
 use crate::journal::{Journal, Taken};
 use crate::plan::Limits;
+use casemate_protocol::weight_of_shares;
 use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -65,14 +66,10 @@ pub fn members(path: &Path) -> io::Result<OwnedFd> {
     rustix::fs::open(&file, flags, Mode::empty()).map_err(|e| failed("open", &file)(e.into()))
 }
 
-fn bytes(limit: Option<u64>, none: &str) -> String {
-    limit.map_or_else(|| none.to_owned(), |bytes| bytes.to_string())
-}
-
 /// Applies what `limits` says of memory.
 pub fn limit_memory(path: &Path, limits: &Limits) -> io::Result<()> {
-    write(path, "memory.max", &bytes(limits.memory, "max"))?;
-    write(path, "memory.low", &bytes(limits.reservation, "0"))
+    let max = limits.memory.map(|bytes| bytes.to_string());
+    write(path, "memory.max", max.as_deref().unwrap_or("max"))
 }
 
 /// Applies what `limits` says of processor time.
@@ -82,13 +79,8 @@ pub fn limit_cpu(path: &Path, limits: &Limits) -> io::Result<()> {
         None => "max".to_owned(),
     };
     write(path, "cpu.max", &max)?;
-    let weight = limits.shares.map_or(100, weight);
+    let weight = limits.shares.map_or(100, weight_of_shares);
     write(path, "cpu.weight", &weight.to_string())
-}
-
-/// Shares of 2 to 262144 as a weight of 1 to 10000, linear as systemd and containerd have it.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
 /// Ends whatever is left in the groups that a journal names and removes them.
@@ -124,15 +116,6 @@ fn remove(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn weight_goes_from_one_end_to_the_other() {
-        assert_eq!(
-            [weight(0), weight(2), weight(262_144), weight(u64::MAX)],
-            [1, 1, 10_000, 10_000]
-        );
-        assert_eq!(weight(1024), 39);
-    }
 
     #[test]
     fn release_of_a_group_that_is_gone_forgets_it() {

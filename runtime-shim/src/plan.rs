@@ -6,7 +6,7 @@
 mod limits;
 mod outside;
 
-pub use limits::{Limits, NETWORK_RATE, cpus as processor_list, rate};
+pub use limits::{Limits, NETWORK_RATE, asks_for_fixed, cpus as processor_list, rate};
 pub use outside::{COPY_UP, SHARED_FILE};
 
 use crate::shim::timing;

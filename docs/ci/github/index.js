@@ -49,6 +49,8 @@ async function prepareJob ({ container, services }, _state, responseFile) {
   check(container)
   const repository = required('GITHUB_REPOSITORY_ID')
   fs.rmSync(failed, { force: true })
+  // A runner that was killed leaves it.
+  await run(casemateJob, ['end', `${job}-step`])
   // A job's variables may be secret, and arguments are no place for secrets: they go with each step.
   const options = ['--workdir', container.workingDirectory, ...mounts(container)]
   await withLogin(container.registry, () =>
@@ -107,8 +109,10 @@ async function cleanupJob () {
   // Only what was pushed to a protected branch; on `pull_request_target` the branch is protected and the content may be anyone's.
   const trusted = env.GITHUB_REF_PROTECTED === 'true' && env.GITHUB_REF_TYPE === 'branch' && env.GITHUB_EVENT_NAME === 'push'
   const keep = trusted && !problem && !fs.existsSync(failed)
-  await run(casemateJob, ['end', `${job}-step`])
-  await run(casemateJob, ['end', job, ...(keep ? ['keep'] : [])])
+  // The second whatever becomes of the first.
+  for (const end of [[`${job}-step`], [job, ...(keep ? ['keep'] : [])]]) {
+    await run(casemateJob, ['end', ...end]).catch(error => { problem ??= error })
+  }
   fs.rmSync(failed, { force: true })
   if (problem) throw problem
 }

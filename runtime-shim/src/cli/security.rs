@@ -156,7 +156,7 @@ impl Security {
 }
 
 /// System calls that a container does without unless it has one of the capabilities: those that reach deep into the
-/// kernel and that programs don't miss. All that need a capability anyway are left to the kernel's own check.
+/// kernel and that programs don't miss. Others that need a capability are left to the kernel's own check.
 const REFUSED: &[(&[&str], &[&str])] = &[
     // Keyrings aren't namespaced.
     (&["add_key", "keyctl", "request_key"], &[]),
@@ -170,6 +170,8 @@ const REFUSED: &[(&[&str], &[&str])] = &[
         ],
         &["CAP_SYS_ADMIN"],
     ),
+    // It tells where the kernel is, and what others did.
+    (&["syslog"], &["CAP_SYSLOG", "CAP_SYS_ADMIN"]),
     (&["bpf"], &["CAP_SYS_ADMIN", "CAP_BPF"]),
     (&["perf_event_open"], &["CAP_SYS_ADMIN", "CAP_PERFMON"]),
     (
@@ -286,7 +288,7 @@ fn resolve_docker(profile: &mut Value, caps: &[&str]) {
         );
         profile["architectures"] = json!(all);
     }
-    let Some(rules) = profile["syscalls"].as_array_mut() else {
+    let Some(rules) = profile.get_mut("syscalls").and_then(Value::as_array_mut) else {
         return;
     };
     let holds = |condition: &Value, all: bool| {
@@ -386,7 +388,11 @@ mod tests {
         let file = dir.path().join("profile.json");
         std::fs::write(&file, "{\"defaultAction\": \"SCMP_ACT_SING\"}").unwrap();
         let of_file = format!("seccomp={}", file.display());
+        let list = dir.path().join("list.json");
+        std::fs::write(&list, "[]").unwrap();
+        let of_list = format!("seccomp={}", list.display());
         for option in [
+            &of_list,
             "apparmor=strict",
             "label=type:x",
             "magic",

@@ -12,6 +12,8 @@ use std::ops::RangeInclusive;
 pub const NETWORK_RATE: &str = "io.casemate.network-rate";
 /// What a sandbox's processes take beside the guest's memory, pages of the host's cache included.
 const PROCESSES: u64 = 64 * MIB;
+/// The host's page tables of a guest, its own and the processor's, take 16 bytes for each page of 4 KiB, and its index of shared memory 8 more.
+const PAGE_TABLES_SHARE: u64 = 128;
 /// The kernel's highest number of a processor is below.
 const MAX_CPUS: u32 = 8192;
 
@@ -26,8 +28,6 @@ pub struct Limits {
     pub shares: Option<u64>,
     /// Bytes of all its processes together.
     pub memory: Option<u64>,
-    /// Bytes that are not taken from it for others' sake.
-    pub reservation: Option<u64>,
     /// Of its disks, by the device that they lie on: major and minor number.
     pub disks: BTreeMap<(u32, u32), DiskLimits>,
     /// Bytes per second of a network device in each direction.
@@ -37,10 +37,7 @@ pub struct Limits {
 impl Limits {
     /// Whether a control group is needed to keep them.
     pub fn need_group(&self) -> bool {
-        self.quota.is_some()
-            || self.shares.is_some()
-            || self.memory.is_some()
-            || self.reservation.is_some()
+        self.quota.is_some() || self.shares.is_some() || self.memory.is_some()
     }
 }
 
@@ -65,18 +62,16 @@ impl Limits {
             }
             self.quota = match (cpu.quota(), cpu.period().unwrap_or(100_000)) {
                 (Some(quota @ 1..), period @ 1..) => Some((quota as u64, period)),
-                (Some(_), _) => None,
-                (None, _) => self.quota,
+                (Some(..=-1), _) => None,
+                // 0 says nothing.
+                _ => self.quota,
             };
             self.shares = cpu.shares().filter(|shares| *shares > 0).or(self.shares);
         }
         if let Some(memory) = resources.memory() {
             let positive = |bytes: i64| u64::try_from(bytes).ok().filter(|bytes| *bytes > 0);
             if let Some(limit) = memory.limit() {
-                self.memory = positive(limit).map(|limit| guest_mib(limit) * MIB + PROCESSES);
-            }
-            if let Some(reservation) = memory.reservation() {
-                self.reservation = positive(reservation);
+                self.memory = positive(limit).map(of_processes);
             }
         }
         if let Some(io) = resources.block_io() {
@@ -106,6 +101,26 @@ impl Limits {
 
 /// One of a disk's four limits.
 type Pick = fn(&mut DiskLimits) -> &mut u64;
+
+/// Bytes of all processes of a sandbox whose container may use `limit` bytes.
+fn of_processes(limit: u64) -> u64 {
+    let guest = guest_mib(limit) * MIB;
+    guest + guest / PAGE_TABLES_SHARE + PROCESSES
+}
+
+/// Whether a change of resources asks for what a sandbox has from its start: processors, and limits of disks.
+pub fn asks_for_fixed(change: &LinuxResources) -> bool {
+    let cpus = change.cpu().as_ref().and_then(|cpu| cpu.cpus().as_ref());
+    let named =
+        |list: &Option<Vec<LinuxThrottleDevice>>| list.as_ref().is_some_and(|l| !l.is_empty());
+    let disks = change.block_io().as_ref().is_some_and(|io| {
+        named(io.throttle_read_bps_device())
+            || named(io.throttle_write_bps_device())
+            || named(io.throttle_read_iops_device())
+            || named(io.throttle_write_iops_device())
+    });
+    disks || cpus.is_some_and(|list| !list.is_empty())
+}
 
 /// A device's major and minor number.
 fn number(device: &LinuxThrottleDevice) -> Result<(u32, u32), PlanError> {
@@ -210,8 +225,7 @@ mod tests {
         let limits = limits(&spec).unwrap();
         assert_eq!(limits.cpus, [0, 1]);
         assert_eq!(limits.quota, Some((50_000, 100_000)));
-        assert_eq!(limits.memory, Some(guest_mib(64 << 20) * MIB + PROCESSES));
-        assert_eq!(limits.reservation, Some(32 << 20));
+        assert_eq!(limits.memory, Some(of_processes(64 << 20)));
         let disk = limits.disks[&(254, 1)];
         assert_eq!(
             (disk.read.bytes_per_second, disk.write.ops_per_second),

@@ -81,7 +81,8 @@ impl Bounds {
         unsafe { command.pre_exec(hold) };
     }
 
-    /// Keeps a sandbox whose VMM runs to other limits. What serves its shares was started before: it stays where it is.
+    /// Keeps a sandbox whose VMM runs to another share of the processors. Its memory stays that of its VM. One that had
+    /// no group gets one for its VMM: what serves its shares was started before, and stays where it is.
     pub(super) fn change(
         &mut self,
         id: &str,
@@ -98,9 +99,6 @@ impl Bounds {
                 rustix::io::write(&group.members, process.to_string().as_bytes())?;
             }
             self.group = Some(group);
-        }
-        if let Some(group) = &self.group {
-            cgroup::limit_memory(&group.path, limits)?;
         }
         self.limit_cpu(limits)
     }

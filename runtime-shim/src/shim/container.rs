@@ -78,6 +78,14 @@ pub(super) enum ContainerError {
     /// Too many processes.
     #[error("a container can have at most {MAX_EXECS} added processes")]
     TooManyExecs,
+    /// No limits.
+    #[error("the new limits are no resources of the OCI runtime specification")]
+    Resources(#[source] serde_json::Error),
+    /// What a sandbox has from its start.
+    #[error(
+        "the processors and the disks' limits of a running sandbox can't be changed; stop it and start it again"
+    )]
+    Fixed,
     /// The exec id is taken.
     #[error("process {0:?} already exists")]
     ExecExists(String),
@@ -163,10 +171,10 @@ impl Container {
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
 
-        let netns = plan.netns.as_ref();
-        let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &launch));
-        let mut network = network.transpose()?;
         let bounds = Bounds::new(&id, &plan.limits, launch.journal).map_err(LaunchError::Bounds)?;
+        let netns = plan.netns.as_ref();
+        let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &bounds, &launch));
+        let mut network = network.transpose()?;
         let started = Sandbox::start(&plan, first, network.as_mut(), &bounds, &launch).await;
         let (sandbox, mut stdio) = started?;
         (stdio.rows, stdio.cols) = console_size(&spec);
@@ -243,14 +251,17 @@ impl Container {
         &self,
         request: &proto::UpdateRequest,
     ) -> Result<(), ContainerError> {
+        let change: LinuxResources =
+            serde_json::from_slice(&request.resources_json).map_err(ContainerError::Resources)?;
+        if plan::asks_for_fixed(&change) {
+            return Err(ContainerError::Fixed);
+        }
         self.sandbox.agent.update(request).await?;
-        // The agent took it, so it is one.
-        let Ok(change) = serde_json::from_slice::<LinuxResources>(&request.resources_json) else {
-            return Ok(());
-        };
         let mut held = self.bounds.lock().unwrap_or_else(|e| e.into_inner());
         let mut limits = held.limits.clone();
         limits.add(&change)?;
+        // The VM is as large as it was booted.
+        limits.memory = held.limits.memory;
         let vmm = self.sandbox.vm.pid();
         let changed = held.bounds.change(&self.id, &limits, vmm, &self.journal);
         changed.map_err(LaunchError::Bounds)?;

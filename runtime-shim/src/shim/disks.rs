@@ -62,7 +62,7 @@ pub(super) fn open(plan: &Plan, settings: &Settings) -> Result<Vec<OpenDisk>, Di
     for (device, limits) in &plan.limits.disks {
         let mut found = false;
         for disk in disks.iter_mut().filter(|disk| lies_on(disk, *device)) {
-            disk.limits = Some(*limits);
+            add(disk.limits.get_or_insert_default(), limits);
             found = true;
         }
         if !found {
@@ -71,6 +71,22 @@ pub(super) fn open(plan: &Plan, settings: &Settings) -> Result<Vec<OpenDisk>, Di
         }
     }
     Ok(disks)
+}
+
+/// Adds what is given for one device to what was for another that the disk lies on too: the lower counts.
+fn add(limits: &mut DiskLimits, more: &DiskLimits) {
+    let lower = |limit: &mut u64, more: u64| {
+        if more > 0 && (*limit == 0 || more < *limit) {
+            *limit = more;
+        }
+    };
+    for (limit, more) in [
+        (&mut limits.read, more.read),
+        (&mut limits.write, more.write),
+    ] {
+        lower(&mut limit.bytes_per_second, more.bytes_per_second);
+        lower(&mut limit.ops_per_second, more.ops_per_second);
+    }
 }
 
 /// Whether files of the disk are on a device, or on a part of it.

@@ -3,6 +3,7 @@
 //! CNI plugins take their time, as the guest's boot does: they run beside it. So the devices come first, and what the
 //! plugins put into the namespace is joined with them afterwards.
 
+use super::bounds::Bounds;
 use super::launch::Launch;
 use super::names::{self, Names};
 use super::passt::{self, Passt};
@@ -149,10 +150,11 @@ impl Attaching {
         id: &str,
         bundle: &Path,
         netns: &Path,
+        bounds: &Bounds,
         launch: &Launch<'_>,
     ) -> Result<Self, NetworkFailure> {
         if netns == bundle.join(NETNS) {
-            Self::own(id, bundle, netns, launch)
+            Self::own(id, bundle, netns, bounds, launch)
         } else {
             Self::given(netns)
         }
@@ -162,6 +164,7 @@ impl Attaching {
         id: &str,
         bundle: &Path,
         netns: &Path,
+        bounds: &Bounds,
         launch: &Launch<'_>,
     ) -> Result<Self, NetworkFailure> {
         let failed = |action| {
@@ -177,7 +180,7 @@ impl Attaching {
         });
         let wish = read?.unwrap_or_default();
         if wish.attachments.iter().any(|a| a.network == user::NAME) {
-            return Self::of_user(bundle, &wish, launch);
+            return Self::of_user(bundle, &wish, bounds, launch);
         }
         let own = planned(id, &wish, netns, launch)?;
         let ports = wish.ports.iter().map(reserve).collect::<Result<_, _>>()?;
@@ -228,9 +231,14 @@ impl Attaching {
     }
 
     /// By way of passt.
-    fn of_user(bundle: &Path, wish: &Wish, launch: &Launch<'_>) -> Result<Self, NetworkFailure> {
+    fn of_user(
+        bundle: &Path,
+        wish: &Wish,
+        bounds: &Bounds,
+        launch: &Launch<'_>,
+    ) -> Result<Self, NetworkFailure> {
         let mac = wish.attachments.first().map_or(Mac([2; 6]), |a| a.mac);
-        let (passt, tap) = Passt::start(launch.settings, wish, mac, launch.journal)?;
+        let (passt, tap) = Passt::start(launch.settings, wish, mac, bounds, launch.journal)?;
         let result = serde_json::json!({"ips": [{
             "address": format!("{}/{}", user::ADDRESS, user::PREFIX),
             "gateway": user::GATEWAY,

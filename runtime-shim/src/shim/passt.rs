@@ -1,5 +1,6 @@
 //! An ordinary user's network: passt and the process that holds the namespaces.
 
+use super::bounds::Bounds;
 use super::network::NetworkFailure;
 use crate::fds;
 use crate::journal::Journal;
@@ -94,6 +95,7 @@ impl Passt {
         settings: &Settings,
         wish: &Wish,
         guest: Mac,
+        bounds: &Bounds,
         journal: &Journal,
     ) -> Result<(Self, OwnedFd), NetworkFailure> {
         let failed = |source| NetworkFailure::User {
@@ -109,6 +111,7 @@ impl Passt {
             let policy = serde_json::to_string(policy).map_err(|e| failed(e.into()))?;
             command.arg(policy);
         }
+        bounds.hold(&mut command);
         let holder = Process::start(&mut command, &[&theirs, &relay], journal).map_err(failed)?;
         drop((theirs, relay));
         let tap = receive(&control).map_err(|source| NetworkFailure::User {
@@ -117,6 +120,7 @@ impl Passt {
         })?;
         let mut command = Command::new(settings.passt());
         command.args(arguments(stream.as_raw_fd()));
+        bounds.hold(&mut command);
         let passt = Process::start(&mut command, &[&stream], journal).map_err(|source| {
             NetworkFailure::User {
                 message: format!("can't start {}", settings.passt().display()),

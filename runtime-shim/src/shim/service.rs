@@ -84,6 +84,8 @@ fn code_of(error: &ContainerError) -> Code {
         ContainerError::Call(CallError::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         ContainerError::ExecExists(_) => Code::ALREADY_EXISTS,
+        ContainerError::Resources(_) => Code::INVALID_ARGUMENT,
+        ContainerError::Fixed => Code::FAILED_PRECONDITION,
         ContainerError::Launch(_)
         | ContainerError::Call(_)
         | ContainerError::Vm(_)

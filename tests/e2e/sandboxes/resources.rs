@@ -88,24 +88,35 @@ fn memory_of_all_its_processes_is_bounded_on_the_host() {
     let host = Host::with_images();
     let options = ["--memory", "128m", "--memory-reservation", "64m"];
     let id = detached(&host, "box", &options, &["sleep", "100000"]);
-    let read = |file: &str| -> u64 {
-        let text = fs::read_to_string(group(&id).join(file)).expect("the group is there");
+    let max = || -> u64 {
+        let text = fs::read_to_string(group(&id).join("memory.max")).expect("the group is there");
         text.trim().parse().expect("a number")
     };
-    assert!((128 << 20..300 << 20).contains(&read("memory.max")));
-    assert_eq!(read("memory.low"), 64 << 20);
+    let booted = max();
+    assert!((128 << 20..300 << 20).contains(&booted));
     assert_eq!(members(&id), numbers(vmm(&host)));
-    host.casemate([
+    // The guest has all of its memory in use, and is then given less: its VM lives on.
+    let fill = "dd if=/dev/zero of=/file bs=1M count=90 2> /dev/null; cat /file > /dev/null";
+    host.casemate(["exec", "box", "sh", "-c", fill]).succeeds();
+    let less = [
         "update",
         "--memory",
         "64m",
         "--memory-reservation",
         "32m",
         "box",
+    ];
+    host.casemate(less).succeeds();
+    assert_eq!(max(), booted);
+    host.casemate([
+        "exec",
+        "box",
+        "cat",
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.low",
     ])
-    .succeeds();
-    assert!(read("memory.max") < 200 << 20);
-    assert_eq!(read("memory.low"), 32 << 20);
+    .succeeds()
+    .prints("67108864\n33554432\n");
     // Whoever looks after it is killed: the next command gives the group back.
     let shim = host.processes("containerd-shim-casemate-v2")[0];
     rustix::process::kill_process(shim, rustix::process::Signal::KILL).expect("it runs");

@@ -32,12 +32,15 @@ impl Limiter {
 
     /// Pays for a request that passed, by the bytes of its chain in each direction.
     pub(super) fn pay(&mut self, to_disk: usize, to_guest: usize) {
+        // More than the status. A chain may have both, whatever its request is.
+        let read = to_guest.saturating_sub(1);
         let written = to_disk.saturating_sub(HEADER);
-        if written > 0 {
+        if read > 0 {
+            self.read.pay(read as u64);
+        }
+        // A flush counts as a write of nothing.
+        if written > 0 || read == 0 {
             self.write.pay(written as u64);
-        } else if to_guest > 1 {
-            // More than the status: a flush is neither read nor written.
-            self.read.pay(to_guest as u64 - 1);
         }
     }
 }
@@ -64,5 +67,17 @@ mod tests {
         limiter.pay(HEADER + 4096, 1);
         let wait = limiter.check(now).unwrap_err();
         assert!(wait > Duration::from_secs(3), "{wait:?}");
+    }
+
+    #[test]
+    fn read_that_looks_like_a_write_is_paid_as_both() {
+        let read = RateLimit {
+            bytes_per_second: 1000,
+            ops_per_second: 0,
+        };
+        let write = RateLimit::default();
+        let mut limiter = Limiter::new(DiskLimits { read, write });
+        limiter.pay(HEADER + 1, 4097);
+        assert!(limiter.check(Instant::now()).is_err());
     }
 }
