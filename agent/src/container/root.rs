@@ -222,9 +222,10 @@ fn source(entry: &Entry, user_namespace: bool) -> Result<Option<OwnedFd>> {
             .attempt(what)
             .map(Some);
     }
-    // A user namespace may have a new proc or sysfs only where it sees a whole one already: the guest's.
+    // A user namespace may have a new proc or sysfs only where it sees a whole one already: the guest's. Where that sysfs
+    // is the container's too, only a detached cgroup2 goes over the one that is in it.
     if user_namespace
-        && matches!(entry.kind.as_str(), "proc" | "sysfs")
+        && matches!(entry.kind.as_str(), "proc" | "sysfs" | "cgroup2")
         && entry.options.data.is_empty()
     {
         let context = match fsopen(entry.kind.as_str(), FsOpenFlags::FSOPEN_CLOEXEC) {

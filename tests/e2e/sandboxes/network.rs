@@ -266,20 +266,20 @@ fn user_has_a_network_by_way_of_passt() {
     let server = std::thread::spawn(move || {
         use std::io::{Read, Write};
         let (mut stream, _) = listener.accept().expect("a connection");
-        let mut text = String::new();
+        let mut text = [0; 6];
+        stream.read_exact(&mut text).expect("read");
         stream.write_all(b"from the host").expect("written");
-        stream.read_to_string(&mut text).expect("read");
         text
     });
     let script = format!(
-        "ip -o addr show eth0; cat /etc/resolv.conf; echo hello | nc -w 20 192.0.2.2 {port}"
+        "ip -o addr show eth0; cat /etc/resolv.conf; (echo hello; sleep 3) | nc -w 20 192.0.2.2 {port}"
     );
     host.run(["busybox", "sh", "-c", &script])
         .succeeds()
         .mentions("10.189.0.2/24")
         .mentions("nameserver 10.189.0.3")
         .mentions("from the host");
-    assert_eq!(server.join().expect("served"), "hello\n");
+    assert_eq!(&server.join().expect("served"), b"hello\n");
 
     host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
         .ends_with(125)
