@@ -5,6 +5,7 @@
 use crate::files::gone_is_fine;
 use crate::journal::{Journal, Taken};
 use crate::plan::Limits;
+use crate::state::DEFAULT_NAMESPACE;
 use casemate_protocol::weight_of_shares;
 use rustix::fs::{Mode, OFlags};
 use std::io;
@@ -21,10 +22,26 @@ const CONTROLLERS: &str = "+cpu +memory";
 /// Processes that were killed take a moment to go.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Where the group of a sandbox is to be; `None`: this user, or this host, has none.
-pub fn path_for(id: &str) -> Option<PathBuf> {
+/// Where the group of the container `id` in a sandbox's directory is to be; `None`: this user, or this host, has none.
+pub fn path_for(id: &str, dir: Option<&Path>) -> Option<PathBuf> {
     let is_v2 = rustix::fs::statfs(ROOT).is_ok_and(|fs| fs.f_type as u32 == CGROUP2_MAGIC);
-    (is_v2 && rustix::process::geteuid().is_root()).then(|| Path::new(ROOT).join(PARENT).join(id))
+    if !is_v2 || !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let namespace = dir.and_then(|dir| dir.parent()?.file_name()?.to_str());
+    let name = match namespace {
+        Some(DEFAULT_NAMESPACE) | None => id.to_owned(),
+        // The command line's ids are random numbers; an engine's are an engine's, and each of its namespaces has its own.
+        Some(namespace) => format!("{namespace}-{id}-{:08x}", random()),
+    };
+    Some(Path::new(ROOT).join(PARENT).join(name))
+}
+
+fn random() -> u32 {
+    let mut bytes = [0; 4];
+    // Without any the name is what it is.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    u32::from_ne_bytes(bytes)
 }
 
 fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> io::Error {

@@ -59,6 +59,11 @@ pub enum Taken {
         /// Whose name it is.
         id: String,
     },
+    /// A mount of the host's.
+    Mount {
+        /// Where.
+        path: PathBuf,
+    },
     /// A network namespace.
     Netns {
         /// Where it is mounted.
@@ -200,6 +205,7 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
         gone_is_fine(match item {
             Taken::File { path } => std::fs::remove_file(path),
             Taken::Directory { path } => std::fs::remove_dir_all(path),
+            Taken::Mount { path } => unmount(path),
             Taken::Name { path, id } if std::fs::read(path).is_ok_and(|o| o == id.as_bytes()) => {
                 std::fs::remove_file(path)
             }
@@ -212,6 +218,16 @@ pub fn delete_files(taken: &[Taken]) -> io::Result<()> {
         })?;
     }
     Ok(())
+}
+
+fn unmount(path: &Path) -> io::Result<()> {
+    use rustix::mount::UnmountFlags;
+    // Those who still use it keep it.
+    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        // Nothing is mounted there.
+        Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// When a process started, in ticks since boot; `None` when there is no such process.

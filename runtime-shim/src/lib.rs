@@ -3,11 +3,12 @@
 //! Two programs share this library: the command line (`casemate`, module
 //! [`cli`]) and the process that looks after one sandbox
 //! (`containerd-shim-casemate-v2`, module [`shim`]). The command line is a thin
-//! client: it builds an OCI spec and calls the shim's Task service.
+//! client: it builds an OCI spec and calls the shim's Task service, as containerd does (module [`containerd`]).
 
 pub mod cgroup;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod containerd;
 pub mod events;
 pub mod fds;
 pub mod files;

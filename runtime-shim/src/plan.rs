@@ -22,6 +22,8 @@ pub const USER_ANNOTATION: &str = "io.casemate.user";
 const GUEST_BASE_MIB: u64 = 40;
 /// The kernel keeps 64 bytes for each page of 4 KiB.
 const PAGE_TABLE_SHARE: u64 = 64;
+/// The kind of a rootfs mount whose source is a directory of the host, shared with the guest; its tag, too.
+pub const ROOT_SHARE: &str = "virtiofs";
 /// Docker's own minimum; a shell needs about half of it.
 pub const MIN_MEMORY: u64 = 6 * MIB;
 /// The VMM's bound on possible vCPUs.
@@ -291,7 +293,11 @@ pub fn plan(
     defaults: Defaults,
     look: fn(&Path) -> Found,
 ) -> Result<Plan, PlanError> {
-    let (mut disks, mut mounts) = storage(id, rootfs)?;
+    let Storage {
+        mut disks,
+        mut shares,
+        mut mounts,
+    } = storage(id, rootfs)?;
     let root = mounts
         .last()
         .map(|m| m.target.clone())
@@ -299,6 +305,7 @@ pub fn plan(
     let outside = outside::outside(id, bundle, spec, disks.len(), look)?;
     disks.extend(outside.disks);
     mounts.extend(outside.mounts);
+    shares.extend(outside.shares);
     let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
     let mut guest_spec = outside.spec;
     limits::without_hosts(&mut guest_spec);
@@ -306,7 +313,7 @@ pub fn plan(
         memory_mib,
         vcpus,
         disks,
-        shares: outside.shares,
+        shares,
         mounts,
         rootfs: root,
         guest_spec,
@@ -415,12 +422,20 @@ fn vcpus(spec: &Spec, host: Host, defaults: Defaults) -> Result<u8, PlanError> {
     Ok(asked as u8)
 }
 
-/// Turns rootfs mounts into disks and the mounts that the agent does on them.
-fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<(Vec<Disk>, Vec<AgentMount>), PlanError> {
+/// What a rootfs comes to.
+struct Storage {
+    disks: Vec<Disk>,
+    shares: Vec<Share>,
+    mounts: Vec<AgentMount>,
+}
+
+/// Turns rootfs mounts into disks, or a share, and the mounts that the agent does on them.
+fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<Storage, PlanError> {
     if rootfs.is_empty() || rootfs.len() > MAX_MOUNTS {
         return Err(PlanError::MountCount(rootfs.len()));
     }
     let mut disks: Vec<Disk> = Vec::new();
+    let mut shares: Vec<Share> = Vec::new();
     let mut mounts: Vec<AgentMount> = Vec::new();
     for (index, mount) in rootfs.iter().enumerate() {
         let last = index + 1 == rootfs.len();
@@ -435,6 +450,14 @@ fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<(Vec<Disk>, Vec<AgentMoun
                 let source = format!("/dev/vd{}", (b'a' + disks.len() as u8) as char);
                 disks.push(disk);
                 (source, options)
+            }
+            ROOT_SHARE if shares.is_empty() => {
+                shares.push(Share {
+                    tag: ROOT_SHARE.to_owned(),
+                    source: absolute(index, &mount.source)?,
+                    read_only: false,
+                });
+                (ROOT_SHARE.to_owned(), Vec::new())
             }
             "tmpfs" => ("none".to_owned(), mount.options.clone()),
             "overlay" | "format/overlay" | "format/mkdir/overlay" => {
@@ -456,7 +479,22 @@ fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<(Vec<Disk>, Vec<AgentMoun
             ..Default::default()
         });
     }
-    Ok((disks, mounts))
+    Ok(Storage {
+        disks,
+        shares,
+        mounts,
+    })
+}
+
+fn absolute(index: usize, path: &str) -> Result<PathBuf, PlanError> {
+    let path = PathBuf::from(path);
+    match path.is_absolute() {
+        true => Ok(path),
+        false => Err(PlanError::Source {
+            index,
+            source_path: path.display().to_string(),
+        }),
+    }
 }
 
 fn disk(index: usize, mount: &RootfsMount, position: usize) -> Result<Disk, PlanError> {
@@ -466,14 +504,8 @@ fn disk(index: usize, mount: &RootfsMount, position: usize) -> Result<Disk, Plan
         .filter_map(|o| o.strip_prefix("device="));
     let files: Vec<PathBuf> = std::iter::once(mount.source.as_str())
         .chain(further)
-        .map(PathBuf::from)
-        .collect();
-    if let Some(relative) = files.iter().find(|f| !f.is_absolute()) {
-        return Err(PlanError::Source {
-            index,
-            source_path: relative.display().to_string(),
-        });
-    }
+        .map(|path| absolute(index, path))
+        .collect::<Result<_, _>>()?;
     if files.len() > MAX_SEGMENTS {
         return Err(PlanError::Segments {
             index,
@@ -719,11 +751,25 @@ mod tests {
     }
 
     #[test]
+    fn plan_of_a_directory_shares_it() {
+        let root = [mount(ROOT_SHARE, "/bundle/rootfs", &[])];
+        let look = |_: &Path| Found::Nothing;
+        let bundle = Path::new("/bundle");
+        let plan = plan("c1", bundle, &spec("{}"), &root, HOST, DEFAULTS, look).unwrap();
+        assert!(plan.disks.is_empty() && plan.is_lasting());
+        assert_eq!(plan.shares[0].source, Path::new("/bundle/rootfs"));
+        assert_eq!(plan.mounts[0].source, plan.shares[0].tag);
+        assert_eq!(plan.mounts[0].target, plan.rootfs);
+    }
+
+    #[test]
     fn plan_with_odd_rootfs_is_refused() {
         for rootfs in [
             vec![],
             vec![mount("bind", "/etc", &["rbind"])],
             vec![mount("erofs", "relative", &[])],
+            vec![mount(ROOT_SHARE, "relative", &[])],
+            vec![mount(ROOT_SHARE, "/a", &[]), mount(ROOT_SHARE, "/b", &[])],
             vec![mount("overlay", "", &["lowerdir={{ mount 0 }}"])],
             vec![mount("overlay", "", &["lowerdir={{ mount "])],
             vec![mount("overlay", "", &["lowerdir={{ mount -1 }}"])],

@@ -41,6 +41,12 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     casemate_protocol::text::printable_lines(&text).into_owned()
 }
 
+/// Tells whoever reads a shim's log, who may be away or slow: then it is not told.
+pub fn complain(error: impl std::fmt::Display) {
+    use io::Write;
+    let _ = writeln!(io::stderr(), "casemate shim: {error}");
+}
+
 /// A call's context: `None` waits for ever.
 pub fn context(timeout: Option<Duration>) -> ttrpc::context::Context {
     let nanoseconds = timeout.map_or(0, |t| i64::try_from(t.as_nanos()).unwrap_or(i64::MAX));

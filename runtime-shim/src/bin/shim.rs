@@ -1,8 +1,8 @@
 //! `containerd-shim-casemate-v2`: looks after one sandbox.
 
 use anyhow::{Context, bail};
-use casemate::shim::{Serve, ServeShare, run, serve_share};
-use casemate::{fds, network};
+use casemate::shim::{Engine, Serve, ServeShare, run, serve_share};
+use casemate::{containerd, fds, network, rpc};
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -25,26 +25,36 @@ fn main() -> ExitCode {
                 }
             };
         }
-        _ => {}
+        Some("--serve") => {}
+        _ => {
+            return match containerd::main(std::env::args().skip(1)) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("containerd-shim-casemate-v2: {error:#}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
     }
     match parse(std::env::args().skip(1)).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("casemate shim: {error:#}");
+            rpc::complain(format_args!("{error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
-/// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--hold-fd N] [--discard] [--unattended POLICY] [--log BYTES:FILES]`
+/// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--hold-fd N] [--discard] [--unattended POLICY] [--log BYTES:FILES]
+/// [--engine NAMESPACE EVENTS]`
 fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
     let (mut dir, mut listener, mut lock) = (None, None, None);
-    let (mut lifeline, mut console, mut discard, mut serves) = (None, None, false, false);
+    let (mut lifeline, mut console, mut discard, mut engine) = (None, None, false, None);
     let (mut unattended, mut log, mut held) = (None, None, Vec::new());
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
-            "--serve" => serves = true,
+            "--serve" => {}
             "--dir" => dir = Some(PathBuf::from(value()?)),
             "--listen-fd" => listener = Some(descriptor(&arg, &value()?)?),
             "--lock-fd" => lock = Some(descriptor(&arg, &value()?)?),
@@ -53,12 +63,14 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
             "--hold-fd" => held.push(descriptor(&arg, &value()?)?),
             "--discard" => discard = true,
             "--unattended" => unattended = Some(value()?.parse()?),
+            "--engine" => {
+                let namespace = value()?;
+                let events = value()?;
+                engine = Some(Engine { namespace, events });
+            }
             "--log" => log = Some(value()?.parse()?),
-            other => bail!("unknown argument {other:?}; this program is started by casemate"),
+            other => bail!("unknown argument {other:?}"),
         }
-    }
-    if !serves {
-        bail!("this program is started by casemate");
     }
     Ok(Serve {
         dir: dir.context("--dir is missing")?,
@@ -69,6 +81,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
         discard,
         unattended,
         log,
+        engine,
         held,
     })
 }

@@ -17,7 +17,7 @@ use std::process::Command;
 pub(super) fn release(journal: &Journal) {
     if let Err(error) = cgroup::release(journal) {
         // It stays in the journal: the next command tries again, and tells.
-        eprintln!("casemate shim: {}", crate::rpc::chain(&error));
+        crate::rpc::complain(crate::rpc::chain(&error));
     }
 }
 
@@ -49,7 +49,7 @@ impl Bounds {
     /// Makes what the limits of container `id` need and this user can have.
     pub(super) fn new(id: &str, limits: &Limits, journal: &Journal) -> io::Result<Self> {
         let path = match limits.need_group() {
-            true => cgroup::path_for(id),
+            true => cgroup::path_for(id, journal.dir()),
             false => None,
         };
         let group = path.map(|path| Group::new(path, limits, journal));
@@ -100,7 +100,7 @@ impl Bounds {
     ) -> io::Result<()> {
         if self.group.is_none()
             && limits.need_group()
-            && let Some(path) = cgroup::path_for(id)
+            && let Some(path) = cgroup::path_for(id, journal.dir())
         {
             let group = Group::new(path, limits, journal)?;
             for process in journal::with_children(vmm) {

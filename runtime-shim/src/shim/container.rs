@@ -98,6 +98,8 @@ pub(super) trait Observer: Send + Sync {
     fn paused(&self, paused: bool);
     /// The first process ended; `error` when that was not its own doing.
     fn exited(&self, exit: Exit, error: &str);
+    /// A process ended; empty: the first one. `pid` is what its start was answered with.
+    fn process_exited(&self, container: &str, exec_id: &str, pid: u32, exit: Exit);
 }
 
 /// What holds a sandbox's processes, and to what.
@@ -298,9 +300,10 @@ impl Container {
             }
         };
         self.init.set_running();
-        self.observer.started(self.sandbox.vm.pid());
+        let pid = self.sandbox.vm.pid();
+        self.observer.started(pid);
         self.write_timing(begun, answer.exec_ns);
-        tokio::spawn(self.clone().watch(self.init.clone()));
+        tokio::spawn(self.clone().watch(self.init.clone(), pid));
         Ok(())
     }
 
@@ -376,7 +379,7 @@ impl Container {
             }
         };
         process.set_running();
-        tokio::spawn(self.clone().watch(process));
+        tokio::spawn(self.clone().watch(process, answer.pid));
         Ok(answer.pid)
     }
 
@@ -386,7 +389,7 @@ impl Container {
     }
 
     /// Waits for a process's end and tells it.
-    async fn watch(self: Arc<Self>, process: Arc<Process>) {
+    async fn watch(self: Arc<Self>, process: Arc<Process>, pid: u32) {
         let request = proto::ProcessRequest {
             id: self.id.clone(),
             exec_id: process.exec_id.clone(),
@@ -416,6 +419,8 @@ impl Container {
             }
             self.observer.exited(exit, &error);
         }
+        let exec_id = &process.exec_id;
+        self.observer.process_exited(&self.id, exec_id, pid, exit);
         process.set_exited(exit);
     }
 

@@ -26,5 +26,5 @@ mod unattended;
 mod vm;
 
 pub use agent::FILL;
-pub use serve::{Serve, run};
+pub use serve::{Engine, Serve, run};
 pub use share_server::{ServeShare, serve_share};

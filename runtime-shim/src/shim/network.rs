@@ -347,7 +347,7 @@ pub(super) async fn release(journal: &Journal) {
     });
     if let Ok(Err(error)) = told.await {
         // It stays in the journal: the next command tries again, and tells.
-        eprintln!("casemate shim: {}", crate::rpc::chain(&error));
+        crate::rpc::complain(crate::rpc::chain(&error));
     }
 }
 

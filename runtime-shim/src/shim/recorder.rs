@@ -2,9 +2,12 @@
 
 use super::container::Observer;
 use super::process::Exit;
+use crate::containerd::events::{Publisher, timestamp};
 use crate::health::{self, Health};
 use crate::restart::{Policy, Restarts};
 use crate::state::{SandboxDir, State, Status, now_ns};
+use containerd_shim_protos::events::task;
+use containerd_shim_protos::topics;
 use std::sync::Mutex;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -17,6 +20,8 @@ pub(super) struct Recorder {
     /// It is ours to start it again.
     unattended: bool,
     status: Mutex<Status>,
+    /// Tells containerd, if it is containerd's.
+    pub(super) publisher: Option<Publisher>,
     /// For a container that starts again by itself.
     restarts: Mutex<Restarts>,
     ended: Notify,
@@ -24,12 +29,18 @@ pub(super) struct Recorder {
 
 impl Recorder {
     /// For the container whose directory this is.
-    pub(super) fn new(dir: SandboxDir, discard: bool, unattended: Option<Policy>) -> Self {
+    pub(super) fn new(
+        dir: SandboxDir,
+        discard: bool,
+        unattended: Option<Policy>,
+        publisher: Option<Publisher>,
+    ) -> Self {
         Self {
             dir,
             discard,
             unattended: unattended.is_some(),
             status: Mutex::default(),
+            publisher,
             restarts: Mutex::new(Restarts::new(unattended.unwrap_or_default())),
             ended: Notify::new(),
         }
@@ -52,6 +63,11 @@ impl Recorder {
         self.ended.notified().await;
         let status = self.lock();
         (status.state == State::Restarting).then(|| self.restarts().wait())
+    }
+
+    /// Whether its processes are frozen.
+    pub(super) fn is_paused(&self) -> bool {
+        self.lock().paused
     }
 
     /// The health check, if there is one.
@@ -151,5 +167,32 @@ impl Observer for Recorder {
             false => self.update(ended),
         }
         self.ended.notify_one();
+    }
+
+    fn process_exited(&self, container: &str, exec_id: &str, pid: u32, exit: Exit) {
+        let Some(publisher) = &self.publisher else {
+            return;
+        };
+        if exit.oom_killed && exec_id.is_empty() {
+            let event = task::TaskOOM {
+                container_id: container.to_owned(),
+                ..Default::default()
+            };
+            publisher.tell(topics::TASK_OOM_EVENT_TOPIC, &event);
+        }
+        let id = if exec_id.is_empty() {
+            container
+        } else {
+            exec_id
+        };
+        let event = task::TaskExit {
+            container_id: container.to_owned(),
+            id: id.to_owned(),
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at_ns)).into(),
+            ..Default::default()
+        };
+        publisher.tell(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
 }

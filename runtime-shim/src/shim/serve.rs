@@ -4,6 +4,7 @@ use super::launch::monotonic_ns;
 use super::recorder::Recorder;
 use super::service::{Asked, Service};
 use super::unattended;
+use crate::containerd::events::Publisher;
 use crate::journal::Journal;
 use crate::log;
 use crate::restart::Policy;
@@ -43,8 +44,19 @@ pub struct Serve {
     pub unattended: Option<Policy>,
     /// What the container writes is logged, within these bounds.
     pub log: Option<log::Limits>,
+    /// The engine that it belongs to; `None`: the command line.
+    pub engine: Option<Engine>,
     /// Open files that stay so as long as we live: the image's lease.
     pub held: Vec<OwnedFd>,
+}
+
+/// Who asks for what happens.
+#[derive(Debug)]
+pub struct Engine {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Where events go: a ttrpc socket, or nowhere.
+    pub events: String,
 }
 
 /// Serves one sandbox until its end.
@@ -71,7 +83,12 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         None => None,
     };
     let dir = SandboxDir::inherited(serve.dir.clone(), serve.lock);
-    let recorder = Arc::new(Recorder::new(dir, serve.discard, serve.unattended));
+    let is_engines = serve.engine.is_some();
+    let publisher = serve
+        .engine
+        .and_then(|engine| Publisher::start(engine.namespace, &engine.events));
+    let recorder = Recorder::new(dir, serve.discard, serve.unattended, publisher);
+    let recorder = Arc::new(recorder);
     let service = Arc::new(Service {
         settings,
         journal: Journal::in_dir(&serve.dir),
@@ -98,7 +115,7 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
         }
     };
     tokio::select! {
-        _ = leaving.wait_for(|leave| *leave) => {}
+        _ = leaving.wait_for(|leave| *leave) => if is_engines { discard() },
         () = alone(serve.lifeline, serve.unattended.is_some().then_some(&service)) => {
             service.unwanted.send_replace(true);
             service.abandon().await;

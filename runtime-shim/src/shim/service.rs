@@ -12,6 +12,8 @@ use super::recorder::Recorder;
 use super::shares;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
+use crate::containerd::events::timestamp;
+use crate::containerd::rootfs;
 use crate::journal::{Journal, VMM_ROLE};
 use crate::plan::RootfsMount;
 use crate::rpc::{KILLED, SIGKILL, chain, status};
@@ -20,8 +22,11 @@ use crate::update;
 use async_trait::async_trait;
 use casemate_protocol::{agent as proto, tool};
 use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::well_known_types::{empty::Empty, timestamp::Timestamp};
+use containerd_shim_protos::events::task;
+use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::topics;
+use protobuf::MessageFull;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -36,6 +41,8 @@ type Reply<T> = ttrpc::Result<T>;
 
 /// containerd's own bound on identifiers.
 const MAX_ID: usize = 76;
+/// Where a bundle's root is mounted.
+const ROOTFS: &str = "rootfs";
 /// A process's output reaches its FIFO within this time after a Delete, or is dropped.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -108,14 +115,6 @@ fn no_process(id: &str, exec_id: &str) -> ttrpc::Error {
     )
 }
 
-fn timestamp(at_ns: u64) -> Timestamp {
-    Timestamp {
-        seconds: (at_ns / 1_000_000_000) as i64,
-        nanos: (at_ns % 1_000_000_000) as i32,
-        ..Default::default()
-    }
-}
-
 /// An identifier becomes part of paths here and in the guest.
 fn check_id(id: &str) -> Reply<()> {
     let fine = (1..=MAX_ID).contains(&id.len())
@@ -162,6 +161,13 @@ impl Service {
                 Code::FAILED_PRECONDITION,
                 "the process has not been started",
             )),
+        }
+    }
+
+    /// Tells containerd, if the sandbox is containerd's.
+    fn tell<E: MessageFull>(&self, topic: &str, event: impl FnOnce() -> E) {
+        if let Some(publisher) = &self.recorder.publisher {
+            publisher.tell(topic, &event());
         }
     }
 
@@ -243,10 +249,15 @@ impl Service {
         if let Ok(mut created) = self.asked.create.lock() {
             *created = Some(req.clone());
         }
+        let mounts = req.rootfs.into_iter().map(rootfs_mount).collect();
+        let bundle = PathBuf::from(req.bundle);
+        let root = bundle.join(ROOTFS);
+        let rootfs = rootfs::prepare(mounts, &root, &self.journal)
+            .map_err(|e| status(Code::INTERNAL, chain(&e)))?;
         let create = Create {
             id: req.id,
-            bundle: req.bundle.into(),
-            rootfs: req.rootfs.into_iter().map(rootfs_mount).collect(),
+            bundle,
+            rootfs,
             paths: Paths {
                 terminal: req.terminal,
                 stdin: req.stdin,
@@ -269,9 +280,29 @@ impl Service {
             Err(error) => {
                 network::release(&self.journal).await;
                 bounds::release(&self.journal);
+                rootfs::release(&self.journal);
                 Err(failed(error))
             }
         }
+    }
+}
+
+/// What is told of a container that was made, but for its process.
+fn task_create(req: &api::CreateTaskRequest) -> task::TaskCreate {
+    let io = task::TaskIO {
+        stdin: req.stdin.clone(),
+        stdout: req.stdout.clone(),
+        stderr: req.stderr.clone(),
+        terminal: req.terminal,
+        ..Default::default()
+    };
+    task::TaskCreate {
+        container_id: req.id.clone(),
+        bundle: req.bundle.clone(),
+        rootfs: req.rootfs.clone(),
+        io: Some(io).into(),
+        checkpoint: req.checkpoint.clone(),
+        ..Default::default()
     }
 }
 
@@ -290,6 +321,7 @@ impl Task for Service {
         _: &TtrpcContext,
         req: api::CreateTaskRequest,
     ) -> Reply<api::CreateTaskResponse> {
+        let created = task_create(&req);
         let mut unwanted = self.unwanted.subscribe();
         // A guest that hangs would hold up the end of the sandbox: its VMM goes with us.
         let container = tokio::select! {
@@ -298,8 +330,13 @@ impl Task for Service {
                 return Err(status(Code::CANCELLED, "the sandbox is being ended"));
             }
         };
+        let pid = container.sandbox.vm.pid();
+        self.tell(topics::TASK_CREATE_EVENT_TOPIC, || task::TaskCreate {
+            pid,
+            ..created
+        });
         Ok(api::CreateTaskResponse {
-            pid: container.sandbox.vm.pid(),
+            pid,
             ..Default::default()
         })
     }
@@ -316,9 +353,23 @@ impl Task for Service {
             container.start_init().await.map_err(failed)?;
             self.watch_health(&container);
             self.asked.start.store(true, Ordering::Relaxed);
-            container.sandbox.vm.pid()
+            let pid = container.sandbox.vm.pid();
+            self.tell(topics::TASK_START_EVENT_TOPIC, || task::TaskStart {
+                container_id: req.id,
+                pid,
+                ..Default::default()
+            });
+            pid
         } else {
-            container.start_exec(process).await.map_err(failed)?
+            let pid = container.start_exec(process).await.map_err(failed)?;
+            let started = || task::TaskExecStarted {
+                container_id: req.id,
+                exec_id: req.exec_id,
+                pid,
+                ..Default::default()
+            };
+            self.tell(topics::TASK_EXEC_STARTED_EVENT_TOPIC, started);
+            pid
         };
         Ok(api::StartResponse {
             pid,
@@ -351,6 +402,7 @@ impl Task for Service {
         };
         let state = match process.life() {
             Life::Created => api::Status::CREATED,
+            Life::Running if self.recorder.is_paused() => api::Status::PAUSED,
             Life::Running => api::Status::RUNNING,
             Life::Exited(exit) => {
                 answer.exit_status = exit.status;
@@ -400,7 +452,15 @@ impl Task for Service {
         };
         if req.exec_id.is_empty() {
             container.end(self.discard).await;
+            rootfs::release(&self.journal);
             self.container.lock().await.take();
+            self.tell(topics::TASK_DELETE_EVENT_TOPIC, || task::TaskDelete {
+                container_id: req.id,
+                pid: container.sandbox.vm.pid(),
+                exit_status: exit.status,
+                exited_at: Some(timestamp(exit.at_ns)).into(),
+                ..Default::default()
+            });
         } else {
             process.drained(DRAIN).await;
             container.remove_exec(&req.exec_id);
@@ -437,6 +497,13 @@ impl Task for Service {
         container
             .add_exec(&req.exec_id, paths, work)
             .map_err(failed)?;
+        self.tell(topics::TASK_EXEC_ADDED_EVENT_TOPIC, || {
+            task::TaskExecAdded {
+                container_id: req.id,
+                exec_id: req.exec_id,
+                ..Default::default()
+            }
+        });
         Ok(Empty::new())
     }
 
@@ -486,6 +553,10 @@ impl Task for Service {
         let agent = &container.sandbox.agent;
         agent.pause(&request).await.map_err(call_failed)?;
         self.recorder.paused(true);
+        self.tell(topics::TASK_PAUSED_EVENT_TOPIC, || task::TaskPaused {
+            container_id: req.id,
+            ..Default::default()
+        });
         Ok(Empty::new())
     }
 
@@ -495,6 +566,10 @@ impl Task for Service {
         let agent = &container.sandbox.agent;
         agent.resume(&request).await.map_err(call_failed)?;
         self.recorder.paused(false);
+        self.tell(topics::TASK_RESUMED_EVENT_TOPIC, || task::TaskResumed {
+            container_id: req.id,
+            ..Default::default()
+        });
         Ok(Empty::new())
     }
 

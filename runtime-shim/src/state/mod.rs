@@ -200,7 +200,18 @@ impl StateRoot {
 
     /// Makes a sandbox's directory, locked, and gives it a name.
     pub fn create(&self, meta: &Meta) -> Result<SandboxDir, StateError> {
-        let path = self.path_of(&meta.id);
+        let dir = self.create_unnamed(&meta.id)?;
+        if let Err(error) = self.fill(&dir, meta) {
+            // The first error is the one to tell.
+            let _ = dir.remove();
+            return Err(error);
+        }
+        Ok(dir)
+    }
+
+    /// Makes a sandbox's directory, locked: of one that others than the command line see to.
+    pub fn create_unnamed(&self, id: &str) -> Result<SandboxDir, StateError> {
+        let path = self.path_of(id);
         if path.exists() {
             return Err(io_error("create directory", &path)(
                 io::ErrorKind::AlreadyExists.into(),
@@ -216,13 +227,7 @@ impl StateRoot {
             .inspect_err(|_| {
                 let _ = std::fs::remove_dir_all(&passing);
             })?;
-        let dir = SandboxDir { path, lock };
-        if let Err(error) = self.fill(&dir, meta) {
-            // The first error is the one to tell.
-            let _ = dir.remove();
-            return Err(error);
-        }
-        Ok(dir)
+        Ok(SandboxDir { path, lock })
     }
 
     fn fill(&self, dir: &SandboxDir, meta: &Meta) -> Result<(), StateError> {
@@ -397,35 +402,49 @@ impl StateRoot {
         force: bool,
         volumes: bool,
     ) -> Result<(), StateError> {
-        let id = &container.meta.id;
+        self.remove_at(&container.dir, &container.meta.id, force, volumes)
+    }
+
+    /// Ends and removes a sandbox that others than the command line see to; one that is gone is fine.
+    pub fn remove_sandbox(&self, id: &str) -> Result<(), StateError> {
+        self.remove_at(&self.path_of(id), id, true, false)
+    }
+
+    fn remove_at(
+        &self,
+        dir: &Path,
+        id: &str,
+        force: bool,
+        volumes: bool,
+    ) -> Result<(), StateError> {
         let begun = Instant::now();
         loop {
-            match lock(&container.dir)? {
+            match lock(dir)? {
                 Lock::Ours(lock) => {
-                    let path = container.dir.clone();
+                    let path = dir.to_owned();
                     let dir = SandboxDir { path, lock };
                     if volumes {
                         dir.remove_volumes(&dir.journal().read().unwrap_or_default())?;
                     }
                     return dir.remove();
                 }
-                Lock::Missing => return remove_all(&container.dir),
+                Lock::Missing => return remove_all(dir),
                 Lock::Theirs => {}
             }
             // One that ended is still being given back what it ran on.
-            let ended = read_json::<Status>(&container.dir, "status.json")
+            let ended = read_json::<Status>(dir, "status.json")
                 .is_some_and(|status| status.state == State::Exited);
             if !force && !ended {
-                return Err(StateError::Running(id.clone()));
+                return Err(StateError::Running(id.to_owned()));
             }
             if force && begun.elapsed() > GOES {
-                return Err(StateError::Stuck(id.clone(), GOES));
+                return Err(StateError::Stuck(id.to_owned(), GOES));
             }
             if begun.elapsed() > GIVEN_BACK {
-                return Err(StateError::Busy(id.clone(), GIVEN_BACK));
+                return Err(StateError::Busy(id.to_owned(), GIVEN_BACK));
             }
             if force {
-                let journal = Journal::in_dir(&container.dir);
+                let journal = Journal::in_dir(dir);
                 journal::kill_processes(&journal.read().unwrap_or_default());
             }
             // The lock falls with the killed processes: only their exit is waited for.

@@ -6,6 +6,7 @@ mod binds;
 mod check;
 mod ci_runners;
 mod confined;
+mod containerd;
 mod containers;
 mod detached;
 mod exec;

@@ -1,0 +1,57 @@
+//! The front door for containerd: shim v2.
+//!
+//! containerd starts `containerd-shim-casemate-v2 … start` in the bundle of a container. That makes a sandbox (its
+//! directory, locked, and its socket), leaves a shim behind that serves it, and prints where. `… delete` gives back
+//! what a shim that died has left.
+//!
+//! | module | role |
+//! |---|---|
+//! | `args` | containerd's command line |
+//! | `start` | from a bundle to a shim that serves |
+//! | `delete` | after a crash |
+//! | `events` | what is told to containerd |
+//! | `rootfs` | what of a container's root is mounted on the host |
+
+mod args;
+mod delete;
+pub mod events;
+pub mod rootfs;
+mod start;
+
+use crate::settings::Settings;
+use crate::state::StateRoot;
+use anyhow::Context;
+use args::{Action, Args};
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Where a shim listens, in its sandbox's directory and (for containerd 1.6) in the bundle.
+const ADDRESS: &str = "address";
+
+/// Does what containerd's command line says.
+pub fn main(args: impl Iterator<Item = String>) -> anyhow::Result<()> {
+    let args = Args::parse(args)?;
+    let answer = match args.action {
+        Action::Version => format!(
+            "containerd-shim-casemate-v2 {}\n",
+            env!("CARGO_PKG_VERSION")
+        )
+        .into_bytes(),
+        Action::Start => start::start(&args)?.into_bytes(),
+        Action::Delete => delete::delete(&args)?,
+    };
+    let mut stdout = std::io::stdout();
+    stdout.write_all(&answer)?;
+    stdout.flush().context("can't answer containerd")
+}
+
+/// The sandboxes of one of containerd's namespaces; the command line's are elsewhere.
+fn state(settings: &Settings, args: &Args) -> anyhow::Result<StateRoot> {
+    let namespace = format!("containerd-{}", args.namespace);
+    Ok(StateRoot::open(&settings.state_dir, &namespace)?)
+}
+
+/// containerd starts its shims in the bundle.
+fn bundle() -> anyhow::Result<PathBuf> {
+    std::env::current_dir().context("can't find the bundle")
+}
