@@ -119,7 +119,7 @@ pub(super) struct Container {
     /// Where it stands what is to be given back.
     journal: Journal,
     /// What holds its processes.
-    bounds: Mutex<Held>,
+    bounds: tokio::sync::Mutex<Held>,
     /// What it has of the host for as long as it runs.
     kept: Mutex<Kept>,
     /// Why the sandbox was ended by us.
@@ -211,7 +211,7 @@ impl Container {
             execs: Mutex::default(),
             timing: Mutex::new(timing),
             journal: launch.journal.clone(),
-            bounds: Mutex::new(Held {
+            bounds: tokio::sync::Mutex::new(Held {
                 bounds,
                 limits: plan.limits,
             }),
@@ -257,13 +257,13 @@ impl Container {
             return Err(ContainerError::Fixed);
         }
         self.sandbox.agent.update(request).await?;
-        let mut held = self.bounds.lock().unwrap_or_else(|e| e.into_inner());
+        let mut held = self.bounds.lock().await;
         let mut limits = held.limits.clone();
         limits.add(&change)?;
         // The VM is as large as it was booted.
         limits.memory = held.limits.memory;
-        let vmm = self.sandbox.vm.pid();
-        let changed = held.bounds.change(&self.id, &limits, vmm, &self.journal);
+        let (vm, journal) = (&self.sandbox.vm, &self.journal);
+        let changed = held.bounds.change(&self.id, &limits, vm, journal).await;
         changed.map_err(LaunchError::Bounds)?;
         held.limits = limits;
         Ok(())
