@@ -15,8 +15,16 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process;
 
+/// Gives a sandbox's group back.
+pub(super) fn release(journal: &Journal) {
+    if let Err(error) = cgroup::release(journal) {
+        // It stays in the journal: the next command tries again, and tells.
+        eprintln!("casemate shim: {}", crate::rpc::chain(&error));
+    }
+}
+
 /// The bounds of one sandbox.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Bounds {
     group: Option<Group>,
     cpus: Option<CpuSet>,
@@ -116,6 +124,11 @@ impl Bounds {
             Some(group) => cgroup::limit_cpu(&group.path, limits),
             None => throttle(vm, limits).await,
         }
+    }
+
+    /// Whether there is a group to give back.
+    pub(super) fn has_group(&self) -> bool {
+        self.group.is_some()
     }
 
     /// Limits the processor time from now on. Not before: a guest that is booting does its own work slowly enough.
