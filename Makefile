@@ -19,7 +19,7 @@ TRIPLE  := x86_64-unknown-linux-gnu
 STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --locked --quiet --release --target $(TRIPLE)
 GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --locked --quiet --profile agent --target $(TRIPLE)
 
-.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e inside faults gate fuzz bench reproduce install uninstall clean
+.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e inside posix faults gate fuzz bench reproduce install uninstall clean
 
 all: build
 
@@ -67,7 +67,7 @@ lint: setup-test
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
-	shellcheck -s sh tests/inside/*
+	shellcheck -s sh tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
 	shellcheck docs/ci/casemate-job docs/ci/gitlab/config docs/ci/gitlab/prepare docs/ci/gitlab/run docs/ci/gitlab/cleanup
 	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
 
@@ -82,6 +82,9 @@ e2e: setup-test build ## the end-to-end tests, on the KVM host
 
 inside: setup-test build ## Docker's daemon, podman and systemd, each in a container
 	tests/inside/run
+
+posix: setup-test build ## pjdfstest and 100,000 files on binds; writes target/posix/summary.json
+	tests/posix/run $(POSIX_KINDS)
 
 faults: setup-test build ## FAULT_POINTS=200 FAULT_CYCLES=1000 FAULT_SEED=1
 	tests/run-faults --points $(or $(FAULT_POINTS),200) --cycles $(or $(FAULT_CYCLES),1000) --seed $(or $(FAULT_SEED),1)

@@ -40,6 +40,16 @@ fn main() -> ExitCode {
                 }
             }
         }
+        Some((verb, [file])) if verb == "data" => match data(Path::new(file)) {
+            Ok(ranges) => {
+                ranges.iter().for_each(|(from, to)| println!("{from} {to}"));
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("{file}: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Some((verb, [file, seconds])) if verb == "lock" => {
             match lock(Path::new(file), seconds.parse().unwrap_or(0)) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -51,10 +61,26 @@ fn main() -> ExitCode {
         }
         _ => {
             eprintln!(
-                "usage: guest-tool udp-echo PORT | map FILE TEXT | lock FILE SECONDS | tree ROOT [SKIP…] | stream BYTES | hog | power-off | end-agent MILLISECONDS | end-kernel MILLISECONDS"
+                "usage: guest-tool udp-echo PORT | map FILE TEXT | lock FILE SECONDS | data FILE | tree ROOT [SKIP…] | stream BYTES | hog | power-off | end-agent MILLISECONDS | end-kernel MILLISECONDS"
             );
             ExitCode::from(2)
         }
+    }
+}
+
+/// Where a file has data, and not holes: from, to.
+fn data(file: &Path) -> std::io::Result<Vec<(u64, u64)>> {
+    use rustix::fs::SeekFrom;
+    let file = std::fs::File::open(file)?;
+    let (mut ranges, mut to) = (Vec::new(), 0);
+    loop {
+        let from = match rustix::fs::seek(&file, SeekFrom::Data(to)) {
+            Ok(from) => from,
+            Err(rustix::io::Errno::NXIO) => return Ok(ranges), // a hole to the end
+            Err(error) => return Err(error.into()),
+        };
+        to = rustix::fs::seek(&file, SeekFrom::Hole(from))?;
+        ranges.push((from, to));
     }
 }
 

@@ -63,6 +63,16 @@ fn run(step: &str) {
                 std::thread::sleep(std::time::Duration::from_millis(20));
             }
         }
+        "work" => {
+            let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+            for _ in 0..cpus {
+                std::thread::spawn(|| {
+                    for turn in 0u64.. {
+                        std::hint::black_box(turn);
+                    }
+                });
+            }
+        }
         "interrupts" => println!(
             "{}",
             fs::read_to_string("/proc/interrupts").unwrap_or_default()

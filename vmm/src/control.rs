@@ -45,8 +45,48 @@ pub enum Command {
         /// Pages the guest should give up, in MiB.
         mib: u32,
     },
+    /// Keeps the process to a share of processor time from now on, by letting its vCPUs wait; `None`: to none.
+    LimitCpu {
+        /// At most so much.
+        limit: Option<CpuLimit>,
+    },
     /// Ends the process with `exit_code::STOPPED`, disks flushed.
     Stop,
+}
+
+/// Processor time of the whole process, as the host's `cpu.max` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuLimit {
+    /// Microseconds in each period, 1,000 or more.
+    pub quota_us: u64,
+    /// Microseconds of a period, 1,000 to 1,000,000.
+    pub period_us: u64,
+}
+
+impl CpuLimit {
+    /// What the kernel accepts of a group.
+    const PERIODS_US: std::ops::RangeInclusive<u64> = 1_000..=1_000_000;
+    /// No fewer than the kernel's; no more than a thousand processors could use.
+    const QUOTAS_US: std::ops::RangeInclusive<u64> = 1_000..=1_000_000_000;
+
+    /// Checks both values.
+    pub fn validate(self) -> Result<Self, String> {
+        let Self {
+            quota_us,
+            period_us,
+        } = self;
+        if Self::PERIODS_US.contains(&period_us) && Self::QUOTAS_US.contains(&quota_us) {
+            return Ok(self);
+        }
+        Err(format!(
+            "a limit of {quota_us} \u{b5}s of each {period_us} \u{b5}s is none: a period has {} to {} \u{b5}s, a quota {} to {}",
+            Self::PERIODS_US.start(),
+            Self::PERIODS_US.end(),
+            Self::QUOTAS_US.start(),
+            Self::QUOTAS_US.end(),
+        ))
+    }
 }
 
 /// What the VMM says, a packet each.

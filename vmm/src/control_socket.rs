@@ -116,7 +116,7 @@ fn parse(packet: &[u8]) -> Result<Request, (u64, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{Answer, Command};
+    use crate::control::{Answer, Command, CpuLimit};
     use proptest::prelude::*;
     use rustix::net::{
         AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SocketFlags, SocketType, sendmsg,
@@ -239,10 +239,13 @@ mod tests {
         }
 
         #[test]
-        fn parse_every_request_that_can_be_written(id: u64, mib: u32, port: u32, disk in "[a-z]{0,20}") {
+        fn parse_every_request_that_can_be_written(
+            id: u64, mib: u32, port: u32, disk in "[a-z]{0,20}", quota_us: u64, period_us: u64,
+        ) {
             for command in [
                 Command::Pause, Command::Resume, Command::Statistics, Command::Stop,
                 Command::Balloon { mib }, Command::VsockListen { port }, Command::SwapDisk { disk: disk.clone() },
+                Command::LimitCpu { limit: None }, Command::LimitCpu { limit: Some(CpuLimit { quota_us, period_us }) },
             ] {
                 let request = Request { id, command };
                 let packet = serde_json::to_vec(&request).expect("serializable");

@@ -2,19 +2,22 @@
 
 use crate::config::{Confinement, VmConfig};
 use crate::confine::seccomp::{self, ThreadKind};
-use crate::control::{Answer, Command, Message, Phase, Request};
+use crate::control::{Answer, Command, CpuLimit, Message, Phase, Request};
 use crate::control_socket::{ControlSocket, Received};
 use crate::ending::Outcome;
 use crate::exit_code;
 use crate::guest_log;
 use crate::phases::Phases;
 use crate::poller::{Event, Source};
+use crate::throttle::Throttle;
 use crate::vcpu::{ExitClass, Vcpu};
 use crate::vm::{Error, Vm, io_error};
+use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 const IN: u32 = libc::EPOLLIN as u32;
 
@@ -22,7 +25,11 @@ const IN: u32 = libc::EPOLLIN as u32;
 pub struct EventLoop {
     vm: Vm,
     control: Option<ControlSocket>,
+    /// Not paused. A throttle may keep the vCPUs waiting all the same.
     running: bool,
+    throttle: Option<Throttle>,
+    /// How often the throttle made the vCPUs wait.
+    throttled: u64,
 }
 
 impl EventLoop {
@@ -39,6 +46,8 @@ impl EventLoop {
             vm,
             control,
             running: false,
+            throttle: None,
+            throttled: 0,
         })
     }
 
@@ -68,7 +77,8 @@ impl EventLoop {
     fn serve(&mut self) -> Outcome {
         let mut events = Vec::new();
         loop {
-            if let Err(error) = self.vm.poller.wait(&mut events) {
+            let patience = self.until_next_look();
+            if let Err(error) = self.vm.poller.wait(&mut events, patience) {
                 let reason = format!("epoll: {error}");
                 return Outcome::new(exit_code::VMM_FAILED, reason);
             }
@@ -77,6 +87,7 @@ impl EventLoop {
                     return outcome;
                 }
             }
+            self.look_at_usage();
         }
     }
 
@@ -143,6 +154,7 @@ impl EventLoop {
                 self.vm.devices.listen(port, socket)?;
             }
             Command::Balloon { mib } => self.vm.devices.set_balloon(mib)?,
+            Command::LimitCpu { limit } => self.limit_cpu(limit)?,
             Command::Stop => {} // the caller ends the loop
         }
         Ok(Answer::Done)
@@ -162,7 +174,9 @@ impl EventLoop {
         let Vm { vcpus, shared, .. } = &self.vm;
         let kick = || vcpus.iter().for_each(Vcpu::kick);
         shared.gate.close(kick).map_err(|stuck| {
-            shared.gate.open();
+            if !self.is_throttled() {
+                shared.gate.open();
+            }
             stuck.to_string()
         })?;
         self.running = false;
@@ -173,8 +187,60 @@ impl EventLoop {
     fn resume(&mut self) {
         if !self.running {
             self.vm.devices.resume();
-            self.vm.shared.gate.open();
             self.running = true;
+            if let Some(throttle) = &mut self.throttle {
+                throttle.look(Instant::now(), process_time());
+            }
+            if !self.is_throttled() {
+                self.vm.shared.gate.open();
+            }
+        }
+    }
+
+    /// From now on, with a whole quota.
+    fn limit_cpu(&mut self, limit: Option<CpuLimit>) -> Result<(), String> {
+        let vcpus = self.vm.vcpus.len();
+        let limit = limit.map(CpuLimit::validate).transpose()?;
+        self.throttle = limit.map(|l| Throttle::new(l, vcpus, Instant::now(), process_time()));
+        if self.running {
+            self.vm.shared.gate.open();
+        }
+        Ok(())
+    }
+
+    fn is_throttled(&self) -> bool {
+        self.throttle.as_ref().is_some_and(Throttle::is_used_up)
+    }
+
+    /// `None` while nothing has to be looked at: a VM that is paused uses nothing.
+    fn until_next_look(&self) -> Option<Duration> {
+        let throttle = self.throttle.as_ref().filter(|_| self.running)?;
+        Some(
+            throttle
+                .next_look()
+                .saturating_duration_since(Instant::now()),
+        )
+    }
+
+    /// Lets the vCPUs wait, or go on, by what the process has used.
+    fn look_at_usage(&mut self) {
+        let Some(throttle) = self.throttle.as_mut().filter(|_| self.running) else {
+            return;
+        };
+        let now = Instant::now();
+        if now < throttle.next_look() {
+            return;
+        }
+        let waited = throttle.is_used_up();
+        throttle.look(now, process_time());
+        let Vm { vcpus, shared, .. } = &self.vm;
+        match (waited, throttle.is_used_up()) {
+            (false, true) => {
+                self.throttled += 1;
+                shared.gate.shut(|| vcpus.iter().for_each(Vcpu::kick));
+            }
+            (true, false) => shared.gate.open(),
+            _ => {}
         }
     }
 
@@ -186,6 +252,9 @@ impl EventLoop {
             counters.insert(format!("vcpu.exits.{name}"), sum);
         }
         counters.insert("vcpu.exits".into(), counters.values().sum());
+        counters.insert("cpu.throttled".into(), self.throttled);
+        let used = process_time().as_micros() as u64;
+        counters.insert("cpu.used_us".into(), used);
         self.vm.devices.counters(&mut counters);
         counters
     }
@@ -221,6 +290,12 @@ impl EventLoop {
         }
         outcome
     }
+}
+
+/// What all threads of this process have used of the host's processors, their guests' part included.
+fn process_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn stopped(reason: &str) -> Outcome {

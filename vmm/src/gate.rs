@@ -89,11 +89,16 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Closes; `kick` makes those inside look at the gate. Returns when nobody is inside.
-    pub fn close(&self, kick: impl FnOnce()) -> Result<(), Stuck> {
+    /// Closes; `kick` makes those inside look at the gate. They come out soon: it doesn't wait for them.
+    pub fn shut(&self, kick: impl FnOnce()) {
         lock(&self.state).closed = true;
         self.closed.store(true, Ordering::SeqCst);
         kick();
+    }
+
+    /// Closes; `kick` makes those inside look at the gate. Returns when nobody is inside.
+    pub fn close(&self, kick: impl FnOnce()) -> Result<(), Stuck> {
+        self.shut(kick);
         let (state, timeout) = self
             .changed
             .wait_timeout_while(lock(&self.state), PATIENCE, |state| state.running > 0)

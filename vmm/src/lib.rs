@@ -24,6 +24,7 @@ pub mod rate_limit;
 mod run;
 pub mod serial;
 mod sync;
+pub mod throttle;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Events taken per wait: what comes later waits for the next turn.
@@ -73,10 +74,14 @@ impl Poller {
         })
     }
 
-    /// Waits for the next events and appends them. One that was unwatched meanwhile is left out.
-    pub fn wait(&self, events: &mut Vec<Event>) -> io::Result<()> {
+    /// Waits for the next events, at most so long (rounded up to milliseconds), and appends them. One that was
+    /// unwatched meanwhile is left out.
+    pub fn wait(&self, events: &mut Vec<Event>, patience: Option<Duration>) -> io::Result<()> {
         let mut ready = [EpollEvent::default(); BATCH];
-        let count = match self.epoll.wait(-1, &mut ready) {
+        let timeout = patience.map_or(-1, |time| {
+            i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+        });
+        let count = match self.epoll.wait(timeout, &mut ready) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
@@ -149,7 +154,7 @@ mod tests {
         fd.write(1).expect("write");
 
         let mut events = Vec::new();
-        poller.wait(&mut events).expect("wait");
+        poller.wait(&mut events, None).expect("wait");
 
         assert_eq!(events.len(), 1);
         assert_eq!(
@@ -169,7 +174,7 @@ mod tests {
         watcher.modify(fd.as_raw_fd(), IN, 2).expect("modify");
 
         let mut events = Vec::new();
-        poller.wait(&mut events).expect("wait");
+        poller.wait(&mut events, None).expect("wait");
         assert_eq!(events[0].token, 2);
     }
 
@@ -191,7 +196,7 @@ mod tests {
         watcher.remove(quiet.as_raw_fd()).expect("remove");
 
         let mut events = Vec::new();
-        poller.wait(&mut events).expect("wait");
+        poller.wait(&mut events, None).expect("wait");
         assert_eq!(events.len(), 1);
         assert_eq!(events[0].token, loud.as_raw_fd() as u64);
         assert!(watcher.remove(quiet.as_raw_fd()).is_err());

@@ -8,7 +8,7 @@ use crate::gate::Gate;
 use crate::sync::lock;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -172,9 +172,15 @@ fn run(fd: &Mutex<VcpuFd>, exits: &Exits, shared: &Shared) -> Outcome {
     }
 }
 
-fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<Outcome> {
+/// Lets the vCPU go in once more. A kick that comes between is not lost if the gate is looked at afterwards: it was
+/// closed before the kick, and the fence keeps the look behind the write.
+fn take_kick_back(fd: &mut VcpuFd) {
     fd.set_kvm_immediate_exit(0);
-    // A kick between the gate and the line above is not lost: the gate was closed before it.
+    fence(Ordering::SeqCst);
+}
+
+fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<Outcome> {
+    take_kick_back(fd);
     while !shared.gate.is_closed() {
         let class = match fd.run() {
             Ok(VcpuExit::MmioWrite(address, data)) => {
@@ -216,7 +222,10 @@ fn run_until_closed(fd: &mut VcpuFd, exits: &Exits, shared: &Shared) -> Option<O
                 let reason = format!("KVM left the guest for an unknown reason: {exit:?}");
                 return Some(Outcome::new(exit_code::KVM_FAILED, reason));
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => ExitClass::Kicked,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                take_kick_back(fd); // the gate may be open again
+                ExitClass::Kicked
+            }
             Err(error) => {
                 let reason = format!("KVM could not run the guest: {error}");
                 return Some(Outcome::new(exit_code::KVM_FAILED, reason));

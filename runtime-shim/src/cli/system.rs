@@ -2,10 +2,11 @@
 
 use super::args::FormatArgs;
 use super::images::{self, confirm};
-use super::{containers, output};
+use super::{containers, output, volumes};
 use crate::settings::Settings;
 use crate::size::Human;
 use crate::state::{Container, State, StateRoot};
+use crate::volume::{Volume, Volumes};
 use crate::{log, scratch};
 use casemate_image::Image;
 use clap::{Args, Subcommand};
@@ -17,7 +18,7 @@ use std::path::Path;
 /// `casemate system`
 #[derive(Debug, Subcommand)]
 pub(super) enum SystemCommand {
-    /// Show what images and containers take on the disk
+    /// Show what images, containers and volumes take on the disk
     Df(FormatArgs),
     /// Show the host, the installation and what is there
     Info(FormatArgs),
@@ -31,6 +32,9 @@ pub(super) struct SystemPruneArgs {
     /// Remove every image that no container uses
     #[arg(short, long)]
     all: bool,
+    /// Also remove volumes without a name that no container uses
+    #[arg(long)]
+    volumes: bool,
     /// Don't ask
     #[arg(short, long)]
     force: bool,
@@ -105,12 +109,23 @@ fn df(settings: &Settings, args: &FormatArgs) -> anyhow::Result<()> {
         all.iter().map(bytes).sum(),
         ended.map(bytes).sum(),
     );
+    let volumes = volumes::all(&Volumes::of(&settings.data_dir))?;
+    let used = |v: &&Volume| all.iter().any(|c| c.meta.uses_volume(&v.record.name));
+    let size: u64 = volumes.iter().map(Volume::used).sum();
+    let needed: u64 = volumes.iter().filter(used).map(Volume::used).sum();
+    let volume_row = row(
+        "Local Volumes",
+        volumes.len(),
+        volumes.iter().filter(used).count(),
+        size,
+        size.saturating_sub(needed),
+    );
     let columns = ["Type", "Total", "Active", "Size", "Reclaimable"];
     output::print(
         args.format.as_deref(),
         "",
         &columns,
-        &[image_row, container_row],
+        &[image_row, container_row, volume_row],
     )
 }
 
@@ -131,7 +146,12 @@ fn prune(settings: &Settings, args: &SystemPruneArgs) -> anyhow::Result<()> {
         true => "every image that no container uses",
         false => "all images without a name",
     };
-    if !args.force && !confirm(&format!("all containers that don't run, and {images}"))? {
+    let volumes = match args.volumes {
+        true => ", with the data of volumes without a name that no container uses",
+        false => "",
+    };
+    let what = format!("all containers that don't run, and {images}{volumes}");
+    if !args.force && !confirm(&what)? {
         return Ok(());
     }
     let root = containers::state(settings)?;
@@ -143,6 +163,14 @@ fn prune(settings: &Settings, args: &SystemPruneArgs) -> anyhow::Result<()> {
             text.push_str(&format!("Deleted: {}\n", container.meta.id));
             freed += bytes;
         }
+    }
+    if args.volumes {
+        let volumes = Volumes::of(&settings.data_dir);
+        let (names, bytes) = volumes::remove_unused(&root, &volumes, |v| v.record.anonymous)?;
+        for name in names {
+            text.push_str(&format!("Deleted: {name}\n"));
+        }
+        freed += bytes;
     }
     let pruned = images::store_in_use(settings)?.prune(args.all)?;
     for id in pruned.deleted {

@@ -112,7 +112,8 @@ impl Filters {
 }
 
 /// All volumes; those that can't be read are told.
-fn all(volumes: &Volumes) -> anyhow::Result<Vec<Volume>> {
+/// All of them; of a broken one a warning is left.
+pub(super) fn all(volumes: &Volumes) -> anyhow::Result<Vec<Volume>> {
     let (all, errors) = volumes.list()?;
     for error in errors {
         eprintln!("casemate: warning: {}", crate::rpc::chain(&error));
@@ -210,27 +211,36 @@ fn prune(settings: &Settings, volumes: &Volumes, args: &VolumePruneArgs) -> anyh
         return Ok(());
     }
     let root = containers::state(settings)?;
-    let (mut text, mut freed) = (String::new(), 0);
-    for volume in all(volumes)? {
-        let meant = args.all || volume.record.anonymous;
-        if !meant || !filters.pass(&volume, || false) {
-            continue;
-        }
-        let used = volume.used();
-        match volumes.remove(&volume.record.name, |name| root.user_of_volume(name, None)) {
-            Ok(_) => {
-                freed += used;
-                text.push_str(&format!("{}\n", volume.record.name));
-            }
-            Err(VolumeError::InUse(_) | VolumeError::Needed { .. } | VolumeError::NotFound(_)) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let meant =
+        |volume: &Volume| (args.all || volume.record.anonymous) && filters.pass(volume, || false);
+    let (names, freed) = remove_unused(&root, volumes, meant)?;
+    let mut text: String = names.iter().map(|name| format!("{name}\n")).collect();
     if !text.is_empty() {
         text.insert_str(0, "Deleted Volumes:\n");
         text.push('\n');
     }
     output::write(&format!("{text}Total reclaimed space: {}\n", Human(freed)))
+}
+
+/// Removes those that are meant and that no container needs. Returns their names, and the bytes that they took.
+pub(super) fn remove_unused(
+    root: &StateRoot,
+    volumes: &Volumes,
+    meant: impl Fn(&Volume) -> bool,
+) -> anyhow::Result<(Vec<String>, u64)> {
+    let (mut names, mut freed) = (Vec::new(), 0);
+    for volume in all(volumes)?.into_iter().filter(meant) {
+        let used = volume.used();
+        match volumes.remove(&volume.record.name, |name| root.user_of_volume(name, None)) {
+            Ok(_) => {
+                freed += used;
+                names.push(volume.record.name);
+            }
+            Err(VolumeError::InUse(_) | VolumeError::Needed { .. } | VolumeError::NotFound(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok((names, freed))
 }
 
 fn agrees(all: bool) -> anyhow::Result<bool> {

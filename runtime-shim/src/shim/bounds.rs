@@ -3,15 +3,17 @@
 //! Both are there before a process's program begins, so that nothing that it starts is left out. Only a limit that was
 //! asked for makes a group: without one a start pays for none, and the size of the VM is the bound.
 
+use super::vm::Vm;
 use crate::cgroup;
 use crate::journal::{self, Journal, Taken};
 use crate::plan::Limits;
+use casemate_vmm::control::{Command, CpuLimit};
 use rustix::thread::CpuSet;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process;
 
 /// Gives a sandbox's group back.
 pub(super) fn release(journal: &Journal) {
@@ -45,6 +47,16 @@ impl Group {
     }
 }
 
+/// Where this user, or this host, has no group, the VMM itself keeps to the quota.
+async fn throttle(vm: &Vm, limits: &Limits) -> io::Result<()> {
+    let limit = limits.quota.map(|(quota_us, period_us)| CpuLimit {
+        quota_us,
+        period_us,
+    });
+    let asked = vm.request(Command::LimitCpu { limit }, &[]).await;
+    asked.map(drop).map_err(io::Error::other)
+}
+
 impl Bounds {
     /// Makes what the limits of container `id` need and this user can have.
     pub(super) fn new(id: &str, limits: &Limits, journal: &Journal) -> io::Result<Self> {
@@ -68,7 +80,7 @@ impl Bounds {
 
     /// The process that `command` starts will be held.
     #[allow(unsafe_code)] // runs between fork and exec
-    pub(super) fn hold(&self, command: &mut Command) {
+    pub(super) fn hold(&self, command: &mut process::Command) {
         let members = self.group.as_ref().map(|group| group.members.as_raw_fd());
         let cpus = self.cpus;
         if members.is_none() && cpus.is_none() {
@@ -91,11 +103,11 @@ impl Bounds {
 
     /// Keeps a sandbox whose VMM runs to another share of the processors. Its memory stays that of its VM. One that had
     /// no group gets one for its VMM: what serves its shares was started before, and stays where it is.
-    pub(super) fn change(
+    pub(super) async fn change(
         &mut self,
         id: &str,
         limits: &Limits,
-        vmm: u32,
+        vm: &Vm,
         journal: &Journal,
     ) -> io::Result<()> {
         if self.group.is_none()
@@ -103,12 +115,15 @@ impl Bounds {
             && let Some(path) = cgroup::path_for(id, journal.dir())
         {
             let group = Group::new(path, limits, journal)?;
-            for process in journal::with_children(vmm) {
+            for process in journal::with_children(vm.pid()) {
                 rustix::io::write(&group.members, process.to_string().as_bytes())?;
             }
             self.group = Some(group);
         }
-        self.limit_cpu(limits)
+        match &self.group {
+            Some(group) => cgroup::limit_cpu(&group.path, limits),
+            None => throttle(vm, limits).await,
+        }
     }
 
     /// Whether there is a group to give back.
@@ -117,9 +132,10 @@ impl Bounds {
     }
 
     /// Limits the processor time from now on. Not before: a guest that is booting does its own work slowly enough.
-    pub(super) fn limit_cpu(&self, limits: &Limits) -> io::Result<()> {
+    pub(super) async fn limit_cpu(&self, limits: &Limits, vm: &Vm) -> io::Result<()> {
         match &self.group {
             Some(group) => cgroup::limit_cpu(&group.path, limits),
+            None if limits.quota.is_some() => throttle(vm, limits).await,
             None => Ok(()),
         }
     }

@@ -121,7 +121,7 @@ pub(super) struct Container {
     journal: Journal,
     has_network: bool,
     /// What holds its processes.
-    bounds: Mutex<Held>,
+    bounds: tokio::sync::Mutex<Held>,
     /// What it has of the host for as long as it runs.
     kept: Mutex<Kept>,
     /// Why the sandbox was ended by us.
@@ -214,7 +214,7 @@ impl Container {
             timing: Mutex::new(timing),
             journal: launch.journal.clone(),
             has_network: plan.netns.is_some(),
-            bounds: Mutex::new(Held {
+            bounds: tokio::sync::Mutex::new(Held {
                 bounds,
                 limits: plan.limits,
             }),
@@ -260,13 +260,13 @@ impl Container {
             return Err(ContainerError::Fixed);
         }
         self.sandbox.agent.update(request).await?;
-        let mut held = self.bounds.lock().unwrap_or_else(|e| e.into_inner());
+        let mut held = self.bounds.lock().await;
         let mut limits = held.limits.clone();
         limits.add(&change)?;
         // The VM is as large as it was booted.
         limits.memory = held.limits.memory;
-        let vmm = self.sandbox.vm.pid();
-        let changed = held.bounds.change(&self.id, &limits, vmm, &self.journal);
+        let (vm, journal) = (&self.sandbox.vm, &self.journal);
+        let changed = held.bounds.change(&self.id, &limits, vm, journal).await;
         changed.map_err(LaunchError::Bounds)?;
         held.limits = limits;
         Ok(())
@@ -489,8 +489,7 @@ impl Container {
         }
         self.init.drained(PATIENCE).await;
         self.sandbox.stop(discard).await;
-        let held = self.bounds.lock().map(|held| held.bounds.has_group());
-        if held.unwrap_or(true) {
+        if self.bounds.lock().await.bounds.has_group() {
             bounds::release(&self.journal);
         }
         if self.has_network {

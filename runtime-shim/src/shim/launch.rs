@@ -243,7 +243,7 @@ impl Sandbox {
             Ok(hello) => hello,
             Err(cause) => return Err(failed(&vm, cause, &said, &shares).await),
         };
-        if let Err(error) = bounds.limit_cpu(&plan.limits) {
+        if let Err(error) = bounds.limit_cpu(&plan.limits, &vm).await {
             vm.kill();
             return Err(LaunchError::Bounds(error));
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use casemate_tests::{Finished, Host, list_tree};
+use casemate_tests::{Finished, Host, list_tree, paths};
 use rustix::process::{Signal, kill_process};
 
 /// Runs a script in a container with these options.
@@ -224,6 +224,81 @@ fn everything_about_files_passes_through() {
     assert!(huge.blocks() < 64, "{}", huge.blocks());
     let skip = [PathBuf::from("huge")];
     assert_eq!(listing, list_tree(&made, &skip).unwrap());
+    host.is_clean();
+}
+
+/// A few of the cases of `make posix`: a suite of file system tests that was written by others.
+const CASES: [&str; 16] = [
+    "rename::to_multiply_linked::regular",
+    "rename::updates_link_parent",
+    "rename::eexist_enotempty_to_non_empty::dir",
+    "rename::preserve_metadata_symlink",
+    "rename::exdev_target",
+    "unlink::open_file_not_freed",
+    "rmdir::eexist_enotempty_dotdot",
+    "open::uid_gid_eq_euid_egid",
+    "open::open_nofollow",
+    "open::eloop_comp",
+    "mkdir::permission_bits_from_mode",
+    "chmod::clear_isgid_bit",
+    "truncate::extend_file_shrink_sparse",
+    "utimensat::subsecond",
+    "utimensat::nobody",
+    "link::enametoolong_component",
+];
+
+#[test]
+fn cases_of_others_pass() {
+    let host = Host::with_images();
+    let dir = shared(&host);
+    fs::copy(paths::fixtures().join("pjdfstest"), dir.join("pjdfstest")).unwrap();
+    let config = "[features]\nutimensat = {}\nutime_now = {}\n[settings]\nnaptime = 0.02\n\
+                  [dummy_auth]\nentries = [[\"nobody\", \"nobody\"], [\"tests\", \"tests\"]]\n";
+    fs::write(dir.join("config.toml"), config).unwrap();
+    let script = "echo tests:x:1001:1001::/: >> /etc/passwd; printf '%s\\n' nobody:x:65534: tests:x:1001: > /etc/group; \
+                  printf '%s\\n' 'passwd: files' 'group: files' > /etc/nsswitch.conf; \
+                  /data/pjdfstest -c /data/config.toml -p /data -s /second --exact";
+    // By their whole names, which it shortens when it tells of them.
+    let names = CASES
+        .map(|case| format!("pjdfstest::tests::{case}"))
+        .join(" ");
+    let script = format!("{script} {names}");
+    let options = ["--tmpfs", "/second", "-v", &volume(&dir, "/data")];
+    run(&host, &options, &script).succeeds().mentions(&format!(
+        "Summary: 0 failed, 0 skipped, {} passed",
+        CASES.len()
+    ));
+    host.is_clean();
+}
+
+#[test]
+fn sparse_file_of_ten_gib_stays_sparse() {
+    let host = Host::with_images();
+    let dir = shared(&host);
+    // Data at both ends.
+    let script = "cd /data && dd if=/dev/zero of=huge bs=64k count=4 2> /dev/null && truncate -s 10737418240 huge && \
+                  echo -n end | dd of=huge bs=1 seek=10737418237 conv=notrunc 2> /dev/null && guest-tool data huge && \
+                  tail -c 3 huge; echo; stat -c %s huge";
+    let out = run(&host, &["-v", &volume(&dir, "/data")], script);
+    let text = "0 262144\n10737414144 10737418240\nend\n10737418240\n";
+    out.succeeds().prints(text);
+    let huge = fs::File::open(dir.join("huge")).unwrap();
+    assert!(huge.metadata().unwrap().blocks() <= 1024);
+    let mut last = [0; 4];
+    huge.read_exact_at(&mut last, (10 << 30) - 4).unwrap();
+    assert_eq!(&last, b"\0end");
+    // The host's hole is the guest's, too.
+    drop(huge);
+    let other = fs::File::create(dir.join("other")).unwrap();
+    other.set_len(1 << 40).unwrap();
+    other.write_all_at(b"x", 1 << 39).unwrap();
+    run(
+        &host,
+        &["-v", &volume(&dir, "/data:ro")],
+        "guest-tool data /data/other; stat -c %s /data/other",
+    )
+    .succeeds()
+    .prints("549755813888 549755817984\n1099511627776\n");
     host.is_clean();
 }
 

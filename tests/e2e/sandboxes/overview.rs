@@ -112,7 +112,7 @@ fn events_tell_a_containers_life() {
 #[test]
 fn system_tells_what_is_taken_and_gives_it_back() {
     let host = Host::with_images();
-    created(&host, "ended", &[]);
+    created(&host, "ended", &["-v", "/nameless", "-v", "kept:/kept"]);
     host.casemate(["start", "-a", "ended"]).ends_with(3);
     host.casemate(["run", "-d", "--name", "runs", "busybox", "sleep", "100000"])
         .succeeds();
@@ -122,7 +122,10 @@ fn system_tells_what_is_taken_and_gives_it_back() {
         "--format",
         "{{.Type}} {{.Total}} {{.Active}}",
     ]);
-    counts.succeeds().mentions("Containers 2 1\n");
+    counts
+        .succeeds()
+        .mentions("Containers 2 1\n")
+        .mentions("Local Volumes 2 2\n");
     let info = host.casemate([
         "info",
         "--format",
@@ -140,6 +143,21 @@ fn system_tells_what_is_taken_and_gives_it_back() {
         .mentions("Deleted: ")
         .mentions("Total reclaimed space: ");
     assert_eq!(names(&host, &["-a"]), ["runs"]);
+    let volumes = || host.casemate(["volume", "ls", "-q"]).text().lines().count();
+    assert_eq!(volumes(), 2);
+    host.casemate([
+        "system",
+        "df",
+        "--format",
+        "{{.Type}} {{.Active}} {{.Reclaimable}}",
+    ])
+    .mentions("Local Volumes 0 ")
+    .mentions("(100%)");
+    host.casemate(["system", "prune", "--force", "--volumes"])
+        .succeeds()
+        .mentions("Deleted: ");
+    host.casemate(["volume", "ls", "-q"]).prints("kept\n");
+    host.casemate(["volume", "rm", "kept"]).succeeds();
     host.casemate(["rm", "-f", "runs"]).succeeds();
     host.is_clean();
 }

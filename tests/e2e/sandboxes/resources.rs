@@ -83,6 +83,60 @@ fn cpu_hog_gets_what_it_was_given_and_its_neighbour_too() {
     host.is_clean();
 }
 
+/// Processor time that processes have used, in seconds.
+fn used(pids: &[Pid]) -> f64 {
+    let ticks = |pid: &Pid| -> u64 {
+        let path = format!("/proc/{}/stat", pid.as_raw_nonzero());
+        let text = fs::read_to_string(path).expect("it runs");
+        let fields = text.rsplit(") ").next().expect("its state and more");
+        let times = fields.split(' ').skip(11).take(2); // utime, stime
+        times.map(|n| n.parse::<u64>().expect("a number")).sum()
+    };
+    pids.iter().map(ticks).sum::<u64>() as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
+#[test]
+fn users_guest_that_lifts_its_own_quota_gets_no_more() {
+    let host = Host::with_images().of_user(65_534);
+    let script =
+        "echo max > /sys/fs/cgroup/cpu.max; cat /sys/fs/cgroup/cpu.max; while :; do :; done";
+    let options = ["--privileged", "--cpus", "0.2"];
+    detached(&host, "hog", &options, &["sh", "-c", script]);
+    let vmm = vmm(&host);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !host.casemate(["logs", "hog"]).text().starts_with("max ") {
+        assert!(Instant::now() < deadline, "the quota inside is still there");
+    }
+    let share = |host: &Host| {
+        let (begun, before) = (Instant::now(), used(&vmm));
+        // In most of this time its vCPU waits, which hinders nobody.
+        host.casemate(["pause", "hog"]).succeeds();
+        host.casemate(["unpause", "hog"]).succeeds();
+        host.casemate(["exec", "hog", "true"]).succeeds();
+        while begun.elapsed() < Duration::from_secs(3) {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        (used(&vmm) - before) / begun.elapsed().as_secs_f64()
+    };
+    let first = share(&host);
+    assert!(first < 0.3, "{first} of a CPU");
+
+    host.casemate(["update", "--cpus", "0.1", "hog"]).succeeds();
+    host.casemate([
+        "exec",
+        "hog",
+        "sh",
+        "-c",
+        "echo max > /sys/fs/cgroup/cpu.max",
+    ])
+    .succeeds();
+    let second = share(&host);
+    assert!(second < 0.2, "{second} of a CPU");
+    host.casemate(["stop", "-t", "1", "hog"]).succeeds();
+    host.casemate(["rm", "hog"]).succeeds();
+    host.is_clean();
+}
+
 #[test]
 fn memory_of_all_its_processes_is_bounded_on_the_host() {
     let host = Host::with_images();

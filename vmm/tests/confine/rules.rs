@@ -35,7 +35,7 @@ const UNSEEN: [(&str, &str); 10] = [
     ),
     (
         "SYS_clock_gettime",
-        "only on hosts whose clock source the vDSO can't read",
+        "only with a limit of processor time, or on hosts whose clock source the vDSO can't read",
     ),
     ("SYS_restart_syscall", "only after SIGSTOP and SIGCONT"),
     ("SYS_rt_sigaction", "only when the process aborts"),

@@ -5,12 +5,12 @@
 mod harness;
 
 use casemate_vmm::config::Confinement;
-use casemate_vmm::control::{Command, Phase};
+use casemate_vmm::control::{Command, CpuLimit, Phase};
 use casemate_vmm::exit_code;
 use harness::{Machine, fd_of, file_of};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn guest_that_powers_off_ends_with_shutdown() {
@@ -103,6 +103,48 @@ fn pause_stops_the_guest_until_resume() {
 
     assert_eq!(while_paused, "");
     vm.wait_for("count 20");
+}
+
+#[test]
+fn limit_of_processor_time_holds_for_a_guest_that_takes_all() {
+    let mut vm = Machine::new("cpus,work,count")
+        .console()
+        .with(|c| c.vcpus = 2)
+        .start();
+    vm.wait_for("count 1");
+    let limit = |quota_us| Command::LimitCpu {
+        limit: Some(CpuLimit {
+            quota_us,
+            period_us: 100_000,
+        }),
+    };
+
+    let refused = vm.ask(limit(0)).expect_err("no quota at all");
+    vm.ask(limit(20_000)).expect("limited");
+    let (begun, before) = (Instant::now(), vm.statistics());
+    std::thread::sleep(Duration::from_secs(2));
+    // Most of the time it waits at the gate: a pause then is one, and its end no way out.
+    for _ in 0..5 {
+        vm.ask(Command::Pause).expect("paused");
+        vm.ask(Command::Resume).expect("resumed");
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let after = vm.statistics();
+    let used = Duration::from_micros(after["cpu.used_us"] - before["cpu.used_us"]);
+    let share = used.as_secs_f64() / begun.elapsed().as_secs_f64();
+
+    assert!(refused.contains("quota"), "{refused}");
+    assert!(share < 0.27, "{share} of a processor");
+    assert!(after["cpu.throttled"] >= 5, "{after:?}");
+    vm.ask(Command::Pause).expect("paused");
+    vm.ask(Command::LimitCpu { limit: None }).expect("free");
+    vm.console_for(Duration::from_millis(100));
+    assert_eq!(vm.console_for(Duration::from_millis(300)), "");
+    vm.ask(Command::Resume).expect("resumed");
+    vm.wait_for("count 5");
+    vm.ask(limit(1_000)).expect("limited");
+    vm.ask(Command::Stop).expect("stops at once all the same");
+    assert_eq!(vm.end().code, exit_code::STOPPED);
 }
 
 #[test]

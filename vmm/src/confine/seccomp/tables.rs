@@ -84,7 +84,7 @@ pub(super) const COMMON: &[Rule] = &[
     ),
     rule!(
         SYS_clock_gettime,
-        "time stamps where the vDSO can't answer (clock sources without user-space access)"
+        "the process's own time, which the throttle looks at; time stamps where the vDSO can't answer"
     ),
     rule!(
         SYS_restart_syscall,
