@@ -47,6 +47,18 @@ pub fn complain(error: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "casemate shim: {error}");
 }
 
+/// containerd's own bound on identifiers and namespaces.
+pub const MAX_ID: usize = 76;
+
+/// Whether a text is an identifier as containerd has them: it becomes part of paths here and in the guest.
+pub fn is_identifier(text: &str) -> bool {
+    (1..=MAX_ID).contains(&text.len())
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+}
+
 /// A call's context: `None` waits for ever.
 pub fn context(timeout: Option<Duration>) -> ttrpc::context::Context {
     let nanoseconds = timeout.map_or(0, |t| i64::try_from(t.as_nanos()).unwrap_or(i64::MAX));

@@ -1,9 +1,7 @@
 //! containerd's command line: `-namespace NS -address SOCKET -publish-binary PATH -id ID [-bundle DIR] [-debug] ACTION`.
 
+use crate::rpc::{MAX_ID, is_identifier};
 use anyhow::{Context, bail};
-
-/// containerd's own bound on identifiers and namespaces.
-const MAX_ID: usize = 76;
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,14 +67,8 @@ impl Args {
     }
 }
 
-/// Both become parts of paths.
 fn check(flag: &str, value: &str) -> anyhow::Result<()> {
-    let fine = (1..=MAX_ID).contains(&value.len())
-        && value.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && value
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
-    if !fine {
+    if !is_identifier(value) {
         bail!(
             "{flag}: {value:?} is not a name of at most {MAX_ID} letters, digits, '_', '.' and '-'"
         );

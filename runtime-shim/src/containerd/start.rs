@@ -5,6 +5,7 @@ use super::{ADDRESS, bundle, state};
 use crate::fds;
 use crate::files;
 use crate::journal::Taken;
+use crate::rpc::is_identifier;
 use crate::settings::Settings;
 use crate::state::{SandboxDir, StateRoot};
 use anyhow::{Context, bail};
@@ -82,7 +83,7 @@ fn sandbox_of(bundle: &Path) -> anyhow::Result<Option<String>> {
 }
 
 fn address_of(root: &StateRoot, sandbox: &str) -> anyhow::Result<String> {
-    if sandbox.contains('/') || sandbox.starts_with('.') {
+    if !is_identifier(sandbox) {
         bail!("{sandbox:?} is no sandbox's id");
     }
     let path = root.path_of(sandbox).join(ADDRESS);

@@ -16,7 +16,7 @@ use crate::containerd::events::timestamp;
 use crate::containerd::rootfs;
 use crate::journal::{Journal, VMM_ROLE};
 use crate::plan::RootfsMount;
-use crate::rpc::{KILLED, SIGKILL, chain, status};
+use crate::rpc::{KILLED, SIGKILL, chain, is_identifier, status};
 use crate::settings::Settings;
 use crate::update;
 use async_trait::async_trait;
@@ -39,8 +39,6 @@ use ttrpc::proto::Code;
 
 type Reply<T> = ttrpc::Result<T>;
 
-/// containerd's own bound on identifiers.
-const MAX_ID: usize = 76;
 /// Where a bundle's root is mounted.
 const ROOTFS: &str = "rootfs";
 /// A process's output reaches its FIFO within this time after a Delete, or is dropped.
@@ -115,14 +113,8 @@ fn no_process(id: &str, exec_id: &str) -> ttrpc::Error {
     )
 }
 
-/// An identifier becomes part of paths here and in the guest.
 fn check_id(id: &str) -> Reply<()> {
-    let fine = (1..=MAX_ID).contains(&id.len())
-        && id.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && id
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
-    if fine {
+    if is_identifier(id) {
         return Ok(());
     }
     Err(status(
