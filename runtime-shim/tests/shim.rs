@@ -475,8 +475,13 @@ async fn odd_requests_get_the_code_that_containerd_expects() {
         source: "relative".into(),
         ..f.disk()
     };
+    // It is a file.
     let bind = api::Mount {
         type_: "bind".into(),
+        ..f.disk()
+    };
+    let odd = api::Mount {
+        type_: "nfs".into(),
         ..f.disk()
     };
     for (request, expected) in [
@@ -489,9 +494,10 @@ async fn odd_requests_get_the_code_that_containerd_expects() {
             request(ID, "/no/such", vec![f.disk()]),
             Code::FAILED_PRECONDITION,
         ),
-        (request(ID, &bundle, vec![]), Code::INVALID_ARGUMENT),
+        (request(ID, &bundle, vec![]), Code::FAILED_PRECONDITION),
         (request(ID, &bundle, vec![relative]), Code::INVALID_ARGUMENT),
-        (request(ID, &bundle, vec![bind]), Code::INVALID_ARGUMENT),
+        (request(ID, &bundle, vec![bind]), Code::FAILED_PRECONDITION),
+        (request(ID, &bundle, vec![odd]), Code::INVALID_ARGUMENT),
     ] {
         let result = f.task.create(rpc::context(Some(SOON)), &request).await;
         assert_eq!(code(result), expected, "{request:?}");

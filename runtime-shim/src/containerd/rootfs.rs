@@ -10,11 +10,10 @@ use std::ffi::CString;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a root can't be mounted.
+/// Why a root can't be had.
 #[derive(Debug, thiserror::Error)]
-#[error("can't mount the container's root ({kind}) on {target}")]
+#[error("can't have the container's root at {target}")]
 pub struct RootfsError {
-    kind: String,
     target: PathBuf,
     source: io::Error,
 }
@@ -30,23 +29,24 @@ pub fn prepare(
         source: root.display().to_string(),
         options: Vec::new(),
     };
-    let [mount] = &mounts[..] else {
-        return Ok(match mounts.is_empty() {
-            // Mounted already by whoever asks.
-            true => vec![shared()],
-            false => mounts,
-        });
-    };
-    if !is_of_directories(mount) {
-        return Ok(mounts);
-    }
     let failed = |source| RootfsError {
-        kind: mount.kind.clone(),
         target: root.to_owned(),
         source,
     };
+    let mount = match &mounts[..] {
+        // Mounted already by whoever asks.
+        [] => {
+            std::fs::read_dir(root).map_err(failed)?;
+            return Ok(vec![shared()]);
+        }
+        [mount] if is_of_directories(mount) => mount,
+        _ => return Ok(mounts),
+    };
     let made = || {
-        std::fs::create_dir_all(root)?;
+        match std::fs::create_dir(root) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
         let taken = Taken::Mount {
             path: root.to_owned(),
         };
@@ -137,13 +137,15 @@ mod tests {
             let prepared = prepare(mounts.clone(), Path::new("/b/rootfs"), &journal).unwrap();
             assert_eq!(prepared, mounts);
         }
-        let [shared] = &prepare(Vec::new(), Path::new("/b/rootfs"), &journal).unwrap()[..] else {
+        let root = dir.path();
+        let [shared] = &prepare(Vec::new(), root, &journal).unwrap()[..] else {
             panic!()
         };
-        assert_eq!(
-            (shared.kind.as_str(), shared.source.as_str()),
-            (ROOT_SHARE, "/b/rootfs")
-        );
+        assert_eq!(shared.kind, ROOT_SHARE);
+        assert_eq!(Path::new(&shared.source), root);
+        assert!(prepare(Vec::new(), Path::new("/no/such"), &journal).is_err());
+        let bind = vec![mount("bind", &["rbind"])];
+        assert!(prepare(bind, Path::new("/no/such"), &journal).is_err());
         assert_eq!(journal.read().unwrap(), []);
     }
 

@@ -245,7 +245,8 @@ impl Service {
         let bundle = PathBuf::from(req.bundle);
         let root = bundle.join(ROOTFS);
         let rootfs = rootfs::prepare(mounts, &root, &self.journal)
-            .map_err(|e| status(Code::INTERNAL, chain(&e)))?;
+            .inspect_err(|_| rootfs::release(&self.journal))
+            .map_err(|e| status(Code::FAILED_PRECONDITION, chain(&e)))?;
         let create = Create {
             id: req.id,
             bundle,
