@@ -164,6 +164,8 @@ fn command(share: &ServeShare, is_root: bool) -> Command {
         .arg("--shared-dir")
         .arg(&share.place)
         .args(["--sandbox", "namespace", "--log-level", "error", "--xattr"])
+        // With handles it would keep CAP_DAC_READ_SEARCH, by which all of the file system can be opened, shared or not.
+        .arg("--inode-file-handles=never")
         // The guest makes no devices on the host.
         .arg("--modcaps=-mknod");
     if share.read_only {

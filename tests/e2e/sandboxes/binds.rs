@@ -391,8 +391,8 @@ fn server_of_a_share_is_confined() {
     };
     assert_eq!(field("Seccomp:"), "2", "{status}");
     let capabilities = u64::from_str_radix(&field("CapBnd:"), 16).unwrap();
-    // CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_MKNOD
-    for capability in [21, 12, 19, 27] {
+    // CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_MKNOD
+    for capability in [2, 21, 12, 19, 27] {
         assert_eq!(
             u64::from_str_radix(&field("CapEff:"), 16).unwrap() >> capability & 1,
             0,
