@@ -1,7 +1,6 @@
 //! Hogs: how long a container's work takes beside one that takes all it can get, against the same work alone.
 
 use std::net::UdpSocket;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -9,9 +8,9 @@ use anyhow::Result;
 use crate::container::Container;
 use crate::disk::Disk;
 use crate::figures::{Figure, median};
-use crate::host::done;
 use crate::inside::{Installed, emit, milliseconds};
 use crate::network::{GATEWAY, NETWORK, create_network};
+use crate::volumes::on_disk;
 
 /// Where the host sends packets back.
 const ECHO: u16 = 9100;
@@ -64,10 +63,7 @@ const HOGS: [Hog; 5] = [
 
 /// One figure for each hog.
 pub(crate) fn figures(at: &Installed, samples: usize) -> Result<()> {
-    let disk = Disk::new(8)?;
-    let data = disk.dir().join("data");
-    done(Command::new("cp").arg("-a").arg(&at.data).arg(&data))?;
-    let at = at.with_data(data);
+    let (at, disk) = on_disk(at)?;
     create_network(&at)?;
     let options = ["--network", NETWORK, "-v", "neighbour:/data"];
     let command = ["busybox", "sleep", "1000000"];

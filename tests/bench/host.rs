@@ -92,7 +92,13 @@ fn group(name: &str) -> Result<Group> {
         "volumes" => Group {
             images: &["volumes"],
             tools: FIO_TOOLS,
-            limit: 7200,
+            limit: 3600,
+            ..group
+        },
+        "binds" => Group {
+            images: &["binds"],
+            tools: SCRATCH_TOOLS,
+            limit: 10_800,
             ..group
         },
         "network" => Group {

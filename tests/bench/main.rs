@@ -1,6 +1,6 @@
 //! `make bench`: measures what the project promises, both sides in turn, and writes it down.
 //!
-//!     casemate-bench [--samples N] [--group boots|runs|living|memory|images|block|volumes|
+//!     casemate-bench [--samples N] [--group boots|runs|living|memory|images|block|volumes|binds|
 //!                     network|neighbours|console]…
 //!     casemate-bench gate         compare a quick measurement of starts with the committed figures
 //!     casemate-bench baseline     measure the same anew, to be committed with the reason
@@ -33,7 +33,7 @@ use anyhow::{Context, Result, bail};
 use baseline::Baseline;
 use inside::Installed;
 
-const GROUPS: [&str; 10] = [
+const GROUPS: [&str; 11] = [
     "boots",
     "runs",
     "living",
@@ -41,6 +41,7 @@ const GROUPS: [&str; 10] = [
     "images",
     "block",
     "volumes",
+    "binds",
     "network",
     "neighbours",
     "console",
@@ -156,6 +157,7 @@ fn inside(args: &[String]) -> Result<ExitCode> {
         "memory" => memory::figures(&at, samples)?,
         "block" => block::figures(&at, samples)?,
         "volumes" => volumes::figures(&at, samples)?,
+        "binds" => volumes::binds(&at, samples)?,
         "network" => network::figures(&at, samples)?,
         "neighbours" => hogs::figures(&at, samples)?,
         "console" => console::figure(

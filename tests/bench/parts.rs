@@ -18,7 +18,10 @@ pub(crate) const IPERF: &str = "/usr/bin/iperf3";
 pub(crate) fn layers(image: &str) -> Vec<Result<BuiltLayer>> {
     match image {
         "fio" => vec![fio_and_its_file()],
-        "volumes" => vec![fio_and_small_files()],
+        "volumes" => {
+            vec![with_program(Layer::new(), FIO).map(|layer| layer.build(Compression::None))]
+        }
+        "binds" => vec![small_files()],
         "network" => {
             vec![with_program(Layer::new(), IPERF).map(|layer| layer.build(Compression::None))]
         }
@@ -33,7 +36,7 @@ fn fio_and_its_file() -> Result<BuiltLayer> {
     Ok(layer.build(Compression::None))
 }
 
-fn fio_and_small_files() -> Result<BuiltLayer> {
+fn small_files() -> Result<BuiltLayer> {
     let mut content = Vec::new();
     casemate_tests::stream::write(SMALL_BYTES, &mut content)?;
     let mut tree = Layer::new().dir("tree", 0o755);
@@ -47,7 +50,7 @@ fn fio_and_small_files() -> Result<BuiltLayer> {
     }
     let tar = tree.build(Compression::None).blob;
     let path = SMALL_TAR.trim_start_matches('/');
-    let layer = with_program(Layer::new(), FIO)?.file(path, 0o644, tar);
+    let layer = Layer::new().file(path, 0o644, tar);
     Ok(layer.build(Compression::None))
 }
 

@@ -21,14 +21,24 @@ pub(crate) const SMALL_BYTES: u64 = 1000;
 /// Where the image has it.
 pub(crate) const SMALL_TAR: &str = "/small.tar";
 
-/// All figures of this group.
+/// A volume against the host.
 pub(crate) fn figures(at: &Installed, samples: usize) -> Result<()> {
+    let (at, disk) = on_disk(at)?;
+    against_host(&at, &disk, samples)
+}
+
+/// A bind against a volume: apart, as it takes long.
+pub(crate) fn binds(at: &Installed, samples: usize) -> Result<()> {
+    let (at, disk) = on_disk(at)?;
+    small_files(&at, &disk, samples.min(3))
+}
+
+/// The same store on a disk of its own.
+pub(crate) fn on_disk(at: &Installed) -> Result<(Installed, Disk)> {
     let disk = Disk::new(8)?;
     let data = disk.dir().join("data");
     done(Command::new("cp").arg("-a").arg(&at.data).arg(&data))?;
-    let at = at.with_data(data);
-    against_host(&at, &disk, samples)?;
-    small_files(&at, &disk, samples.min(3))
+    Ok((at.with_data(data), disk))
 }
 
 /// fio on a named volume against the ext4 of the host that holds it: to the disk and from it, 1 MiB at a time.
@@ -71,7 +81,7 @@ fn small_files(at: &Installed, disk: &Disk, samples: usize) -> Result<()> {
     std::fs::create_dir(&shared)?;
     let bind = format!("{}:/bind", shared.display());
     let options = ["--memory", "512m", "-v", "small:/volume", "-v", &bind];
-    let args = [&options[..], &["volumes", "sleep", "1000000"]].concat();
+    let args = [&options[..], &["binds", "sleep", "1000000"]].concat();
     let container = Container::start(at, "small", &args)?;
     let measure = |dir: &str| -> Result<[f64; 2]> {
         let unpack = milliseconds(container.exec(&["tar", "-xf", SMALL_TAR, "-C", dir]))?;
