@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use casemate_tests::fixture::{self, Compression, Image, Layer, Layout};
+use casemate_tests::fixture::{self, Compression, Image, Layout};
 use tempfile::TempDir;
 
 use crate::figures::Figure;
-use crate::inside::FIO_BYTES;
+use crate::parts;
 
 /// What a group of figures needs and how long it may take.
 struct Group {
@@ -18,6 +18,8 @@ struct Group {
     images: &'static [&'static str],
     /// Programs of this machine that it starts, and their data; copied to a host that has no disk.
     tools: &'static [&'static str],
+    /// Programs in the root of runc's container beside busybox; none: it has no container.
+    bundle: Option<&'static [&'static str]>,
     /// By the instruction clock, where the host is an emulated one.
     clocked: bool,
     /// Seconds until it is given up, by the wall clock of a busy machine without KVM.
@@ -27,13 +29,33 @@ struct Group {
 /// A directory of the bench's that lies on a disk of the host's own.
 pub(crate) const SCRATCH: &str = "scratch";
 
-const SCRATCH_TOOLS: [&str; 2] = ["/usr/sbin/mke2fs", "/etc/mke2fs.conf"];
+const SCRATCH_TOOLS: &[&str] = &["/usr/sbin/mke2fs", "/etc/mke2fs.conf"];
+const RUN_TOOLS: &[&str] = &["/usr/sbin/runc", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"];
+const FIO_TOOLS: &[&str] = &["/usr/bin/fio", "/usr/sbin/mke2fs", "/etc/mke2fs.conf"];
+const NETWORK_TOOLS: &[&str] = &[
+    "/usr/sbin/runc",
+    "/usr/sbin/mke2fs",
+    "/etc/mke2fs.conf",
+    parts::IPERF,
+    "/usr/lib/cni/bridge",
+    "/usr/lib/cni/host-local",
+    "/usr/lib/cni/firewall",
+    "/usr/lib/cni/portmap",
+    "/usr/lib/cni/tuning",
+    "/usr/bin/ip",
+    "/usr/sbin/iptables",
+    "/usr/sbin/ip6tables",
+    "/usr/sbin/iptables-restore",
+    "/usr/sbin/ip6tables-restore",
+    // What iptables loads.
+    "/usr/lib/x86_64-linux-gnu/xtables",
+];
 
 fn group(name: &str) -> Result<Group> {
-    const RUN_TOOLS: &[&str] = &["/usr/sbin/runc", SCRATCH_TOOLS[0], SCRATCH_TOOLS[1]];
     let group = Group {
         images: &[],
         tools: &[],
+        bundle: None,
         clocked: true,
         limit: 900,
     };
@@ -45,24 +67,51 @@ fn group(name: &str) -> Result<Group> {
         "one-boot" | "memory" => group,
         "gate" => Group {
             images: &["busybox"],
-            tools: &SCRATCH_TOOLS,
+            tools: SCRATCH_TOOLS,
             ..group
         },
         "runs" => Group {
             images: &["busybox"],
             tools: RUN_TOOLS,
+            bundle: Some(&[]),
             ..group
         },
         "living" => Group {
             images: &["busybox"],
             tools: RUN_TOOLS,
+            bundle: Some(&[]),
             limit: 3600,
             ..group
         },
         "block" => Group {
             images: &["fio"],
-            tools: &["/usr/bin/fio", SCRATCH_TOOLS[0], SCRATCH_TOOLS[1]],
+            tools: FIO_TOOLS,
             limit: 3600,
+            ..group
+        },
+        "volumes" => Group {
+            images: &["volumes"],
+            tools: FIO_TOOLS,
+            limit: 3600,
+            ..group
+        },
+        "binds" => Group {
+            images: &["binds"],
+            tools: SCRATCH_TOOLS,
+            limit: 10_800,
+            ..group
+        },
+        "network" => Group {
+            images: &["network"],
+            tools: NETWORK_TOOLS,
+            bundle: Some(&[parts::IPERF]),
+            limit: 3600,
+            ..group
+        },
+        "neighbours" => Group {
+            images: &["busybox"],
+            tools: NETWORK_TOOLS,
+            limit: 7200,
             ..group
         },
         // Gigabytes take too long by the slower clock, and nothing here is a time.
@@ -175,9 +224,12 @@ impl Bench {
     ) -> Result<()> {
         let group = group(name)?;
         let store = self.store(group.images)?;
-        let bundle = self.dir.join("bundle");
-        if ["runs", "living"].contains(&name) && !bundle.exists() {
-            write_bundle(&bundle)?;
+        let bundle = self.dir.join(format!("bundle-{name}"));
+        if let Some(programs) = group.bundle
+            && !bundle.exists()
+        {
+            let tool = self.static_program("casemate-guest-tool")?;
+            parts::write_bundle(&bundle, &tool, programs)?;
         }
         let scratch = self.dir.join(SCRATCH);
         fs::create_dir_all(&scratch)?;
@@ -188,10 +240,11 @@ impl Bench {
             command.args(["--where", "here"]);
         } else if group.clocked {
             command.arg("--clock");
-            let parts = [&this, &self.prefix, &self.dir.join("sign.cpio"), &bundle];
+            let parts = [&this, &self.prefix, &self.dir.join("sign.cpio")];
             let tools = group.tools.iter().map(PathBuf::from);
             let firecracker = firecracker().filter(|_| name == "boots");
-            let copies = parts.into_iter().cloned().chain(store.clone()).chain(tools);
+            let own = parts.into_iter().cloned().chain([bundle.clone()]);
+            let copies = own.chain(store.clone()).chain(tools);
             for path in copies.chain(firecracker).filter(|path| path.exists()) {
                 command.arg("--copy").arg(path);
             }
@@ -211,7 +264,7 @@ impl Bench {
             .arg(&this)
             .args(["inside", name, &samples.to_string()]);
         command.arg(&self.prefix).arg(&self.dir);
-        command.arg(store.unwrap_or_default());
+        command.arg(store.unwrap_or_default()).arg(bundle);
         let out = command
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
@@ -240,10 +293,9 @@ impl Bench {
         let base =
             fixture::busybox_layer(Path::new("/bin/busybox"), &tool)?.build(Compression::Gzip);
         for name in images {
-            let layers = match *name {
-                "fio" => vec![base.clone(), fio_layer()?],
-                _ => vec![base.clone()],
-            };
+            let layers = std::iter::once(Ok(base.clone()))
+                .chain(parts::layers(name))
+                .collect::<Result<_>>()?;
             let archive = self.dir.join("image.tar");
             let layout = self.dir.join("layout");
             let mut layout_of_one = Layout::create(&layout)?;
@@ -289,49 +341,10 @@ impl Bench {
     }
 }
 
-/// The same busybox unpacked, with the configuration that `runc spec` writes, for `/bin/true` without a terminal.
-fn write_bundle(bundle: &Path) -> Result<()> {
-    let bin = bundle.join("rootfs/bin");
-    fs::create_dir_all(&bin)?;
-    for dir in ["proc", "sys", "dev", "etc", "tmp"] {
-        fs::create_dir_all(bundle.join("rootfs").join(dir))?;
-    }
-    fs::copy("/bin/busybox", bin.join("busybox"))?;
-    std::os::unix::fs::symlink("busybox", bin.join("true"))?;
-    let mut spec = Command::new("runc");
-    spec.args(["spec", "--bundle"]).arg(bundle);
-    done(&mut spec).context("runc (Debian package) is needed for run_vs_runc")?;
-    let file = bundle.join("config.json");
-    let mut document: serde_json::Value = serde_json::from_slice(&fs::read(&file)?)?;
-    document["process"]["args"] = serde_json::json!(["/bin/true"]);
-    document["process"]["terminal"] = serde_json::json!(false);
-    Ok(fs::write(file, serde_json::to_vec_pretty(&document)?)?)
-}
-
 /// The Firecracker to compare with, if one is named.
 fn firecracker() -> Option<PathBuf> {
     let path = std::env::var_os("FIRECRACKER")?;
     Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty())
-}
-
-/// fio with its libraries, and the file that it reads.
-fn fio_layer() -> Result<fixture::BuiltLayer> {
-    let ldd = Command::new("ldd").arg("/usr/bin/fio").output()?;
-    let mut layer = Layer::new()
-        .dir("lib64", 0o755)
-        .dir("lib", 0o755)
-        .dir("usr", 0o755)
-        .dir("usr/bin", 0o755);
-    for path in String::from_utf8(ldd.stdout)?
-        .split_whitespace()
-        .filter(|word| word.starts_with('/'))
-    {
-        layer = layer.file(path.trim_start_matches('/'), 0o755, fs::read(path)?);
-    }
-    layer = layer.file("bin/fio", 0o755, fs::read("/usr/bin/fio")?);
-    let mut bytes = Vec::new();
-    casemate_tests::stream::write(FIO_BYTES, &mut bytes)?;
-    Ok(layer.file("fio", 0o644, bytes).build(Compression::None))
 }
 
 /// The output of a program that must succeed.

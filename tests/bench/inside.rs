@@ -1,15 +1,13 @@
 //! What is measured on the KVM host itself. Each group prints its figures as JSON, one a line.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::figures::Figure;
-use crate::host::done;
 use crate::vmm::{self, Files};
 
 /// Where `casemate` runs: its tree and a store with the bench's images.
@@ -23,6 +21,9 @@ pub(crate) struct Installed {
     /// A bundle of the same busybox for runc.
     pub bundle: PathBuf,
 }
+
+/// Where its sandboxes keep their state.
+pub(crate) const STATE: &str = "/run/casemate-bench";
 
 impl Installed {
     /// The same tree with another store.
@@ -50,7 +51,7 @@ impl Installed {
         command
             .args(args)
             .env("CASEMATE_DATA", &self.data)
-            .env("CASEMATE_STATE", "/run/casemate-bench")
+            .env("CASEMATE_STATE", STATE)
             // An emulated host on a busy machine may take its time, which is no failure.
             .env("CASEMATE_START_TIMEOUT", "300");
         command.stdin(Stdio::null());
@@ -157,69 +158,6 @@ fn phases(at: &Installed) -> Result<BTreeMap<String, f64>> {
     Ok(serde_json::from_value(
         document["casemate_timing_ms"].take(),
     )?)
-}
-
-/// fio on a file of the image's disk in the guest, against the same bytes in the host's page cache.
-pub(crate) fn block(at: &Installed, samples: usize) -> Result<()> {
-    let host_file = PathBuf::from("/run/casemate-bench-fio");
-    let host_file = if Path::new("/run").is_dir() {
-        host_file
-    } else {
-        std::env::temp_dir().join("fio")
-    };
-    let file = fs::File::create(&host_file)?;
-    casemate_tests::stream::write(FIO_BYTES, &mut std::io::BufWriter::new(&file))?;
-    let guest = || {
-        let mut command = at.casemate(&["run", "--rm", "fio", "fio", "--filename=/fio"]);
-        // What the guest reads is in the host's page cache, not in its own.
-        fio(command.arg("--direct=1"), ["4m", "64m"])
-    };
-    let host = || {
-        let mut command = Command::new("fio");
-        command.arg(format!("--filename={}", host_file.display()));
-        fio(&mut command, ["64m", "256m"])
-    };
-    let samples: Vec<_> = (0..samples.min(3))
-        .map(|_| Ok((guest()?, host()?)))
-        .collect::<Result<_>>()?;
-    for (index, key) in ["blk_vs_host", "blk_vs_host_sequential"].iter().enumerate() {
-        let pairs = samples
-            .iter()
-            .map(|(guest, host)| (guest[index], host[index]));
-        emit(&Figure::ratio(key, "MiB/s", pairs.collect()))?;
-    }
-    fs::remove_file(host_file)?;
-    Ok(())
-}
-
-/// Size of the file that fio reads.
-pub(crate) const FIO_BYTES: u64 = 64 << 20;
-
-/// Runs fio over fixed amounts, as the slower clock may take minutes for seconds: MiB/s of 4 KiB reads in random
-/// order, then of 1 MiB reads one after the other. Both in one start, which takes longer than the reading.
-fn fio(command: &mut Command, amounts: [&str; 2]) -> Result<[f64; 2]> {
-    command.args([
-        "--readonly",
-        "--ioengine=psync",
-        "--thread",
-        "--invalidate=0",
-    ]);
-    command.args(["--output-format=json"]);
-    command.args(["--name=random", "--rw=randread", "--bs=4k"]);
-    command.arg(format!("--io_size={}", amounts[0]));
-    command.args(["--name=sequential", "--stonewall", "--rw=read", "--bs=1m"]);
-    command.arg(format!("--io_size={}", amounts[1]));
-    let out = done(command)?;
-    let text = String::from_utf8_lossy(&out.stdout);
-    // Notes may come before the document.
-    let document: serde_json::Value =
-        serde_json::from_str(&text[text.find('{').context("no JSON from fio")?..])?;
-    let speed = |job: usize| -> Result<f64> {
-        let bytes = document["jobs"][job]["read"]["bw_bytes"].as_f64();
-        let bytes = bytes.with_context(|| format!("no read.bw_bytes of job {job} from fio"))?;
-        Ok(bytes / f64::from(1 << 20))
-    };
-    Ok([speed(0)?, speed(1)?])
 }
 
 /// Prints a figure as soon as it is there: what fails later does not take it along.

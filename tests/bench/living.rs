@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+use crate::container::Container;
 use crate::figures::Figure;
 use crate::host::done;
 use crate::inside::{Installed, emit, in_turn, milliseconds};
@@ -42,7 +43,7 @@ fn exec(at: &Installed, samples: usize) -> Result<()> {
     let figure = in_turn(
         "exec_vs_runc_exec",
         samples,
-        || milliseconds(at.casemate(&["exec", "living", "/bin/true"])),
+        || milliseconds(ours.container.exec(&["/bin/true"])),
         || {
             let mut exec = Command::new("runc");
             exec.args(["exec", "living", "/bin/true"])
@@ -114,27 +115,17 @@ fn twenty_idle(at: &Installed) -> Result<()> {
 
 /// A container that sleeps.
 struct Detached<'a> {
-    at: &'a Installed,
-    name: String,
+    container: Container<'a>,
     /// The VMM; the shim is its parent.
     vmm: u32,
 }
 
 impl<'a> Detached<'a> {
     fn start(at: &'a Installed, name: &str) -> Result<Self> {
-        done(&mut at.casemate(&["run", "-d", "--name", name, "busybox", "sleep", "1000000"]))?;
-        let mut inspect = at.casemate(&["inspect", "--format", "{{.State.Pid}}", name]);
-        let out = done(&mut inspect)?;
-        let text = String::from_utf8(out.stdout)?;
-        let vmm = text
-            .trim()
-            .parse()
-            .with_context(|| format!("pid {text:?}"))?;
-        Ok(Self {
-            at,
-            name: name.to_owned(),
-            vmm,
-        })
+        let container = Container::start(at, name, &["busybox", "sleep", "1000000"])?;
+        let text = container.inspect("{{.State.Pid}}")?;
+        let vmm = text.parse().with_context(|| format!("pid {text:?}"))?;
+        Ok(Self { container, vmm })
     }
 
     /// The shim and all below it.
@@ -145,7 +136,7 @@ impl<'a> Detached<'a> {
     }
 
     fn end(self) -> Result<()> {
-        done(&mut self.at.casemate(&["rm", "-f", &self.name])).map(drop)
+        self.container.end()
     }
 }
 

@@ -1,20 +1,29 @@
 //! `make bench`: measures what the project promises, both sides in turn, and writes it down.
 //!
-//!     casemate-bench [--samples N] [--group boots|runs|living|memory|images|block|console]…
+//!     casemate-bench [--samples N] [--group boots|runs|living|memory|images|block|volumes|binds|
+//!                     network|neighbours|console]…
 //!     casemate-bench gate         compare a quick measurement of starts with the committed figures
 //!     casemate-bench baseline     measure the same anew, to be committed with the reason
 //!     casemate-bench inside …     what runs on the KVM host; started by the two above
 
 mod baseline;
+mod block;
 mod console;
+mod container;
+mod disk;
 mod figures;
+mod hogs;
 mod host;
 mod inside;
 mod living;
 mod memory;
+mod network;
 mod outside;
+mod parts;
 mod report;
+mod rows;
 mod vmm;
+mod volumes;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,8 +33,18 @@ use anyhow::{Context, Result, bail};
 use baseline::Baseline;
 use inside::Installed;
 
-const GROUPS: [&str; 7] = [
-    "boots", "runs", "living", "memory", "images", "block", "console",
+const GROUPS: [&str; 11] = [
+    "boots",
+    "runs",
+    "living",
+    "memory",
+    "images",
+    "block",
+    "volumes",
+    "binds",
+    "network",
+    "neighbours",
+    "console",
 ];
 /// How often the gate measures each start, spread over a tick of the host's timer.
 const GATE_SAMPLES: usize = 6;
@@ -64,9 +83,7 @@ fn bench(args: &[String]) -> Result<ExitCode> {
         let measured = match group {
             "images" => outside::erofs_vs_unpack(&bench.casemate(), samples)
                 .map(|figure| figures.push(figure)),
-            "boots" | "runs" | "living" | "memory" | "block" | "console" => {
-                bench.measure(group, samples, &mut figures)
-            }
+            group if GROUPS.contains(&group) => bench.measure(group, samples, &mut figures),
             other => bail!("no group {other:?}; there are {GROUPS:?}"),
         };
         report::write(&dir, &figures)?;
@@ -120,8 +137,8 @@ fn baseline_file(root: &Path) -> PathBuf {
 
 /// Runs on the KVM host: figures as JSON on stdout, one a line.
 fn inside(args: &[String]) -> Result<ExitCode> {
-    let [group, samples, prefix, bench, store] = args else {
-        bail!("usage: casemate-bench inside GROUP SAMPLES PREFIX BENCH-DIRECTORY STORE");
+    let [group, samples, prefix, bench, store, bundle] = args else {
+        bail!("usage: casemate-bench inside GROUP SAMPLES PREFIX BENCH-DIRECTORY STORE BUNDLE");
     };
     let samples: usize = samples.parse()?;
     let bench = Path::new(bench);
@@ -129,7 +146,7 @@ fn inside(args: &[String]) -> Result<ExitCode> {
         prefix: PathBuf::from(prefix),
         data: PathBuf::from(store),
         sign_initrd: bench.join("sign.cpio"),
-        bundle: bench.join("bundle"),
+        bundle: PathBuf::from(bundle),
     };
     match group.as_str() {
         "boots" => inside::boots(&at, samples)?,
@@ -138,7 +155,11 @@ fn inside(args: &[String]) -> Result<ExitCode> {
         "living" => living::figures(&at, samples)?,
         "gate" => inside::starts(&at, samples)?,
         "memory" => memory::figures(&at, samples)?,
-        "block" => inside::block(&at, samples)?,
+        "block" => block::figures(&at, samples)?,
+        "volumes" => volumes::figures(&at, samples)?,
+        "binds" => volumes::binds(&at, samples)?,
+        "network" => network::figures(&at, samples)?,
+        "neighbours" => hogs::figures(&at, samples)?,
         "console" => console::figure(
             &at,
             &bench.join(host::SCRATCH),

@@ -8,84 +8,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::figures::{Figure, median};
+use crate::rows::{Bar, DETAILS, ROWS};
 
 const BEGIN: &str = "<!-- figures: written by make bench -->";
 const END: &str = "<!-- end of figures -->";
-
-/// A row of the table: key, what it is, the bar and whether less than it is good.
-const ROWS: [(&str, &str, Option<f64>); 15] = [
-    (
-        "boot_vs_firecracker",
-        "boot to init's first word, against Firecracker",
-        Some(0.9),
-    ),
-    (
-        "boot_vs_qemu_microvm",
-        "the same against QEMU's microvm machine",
-        Some(0.4),
-    ),
-    (
-        "guest_boot_ms",
-        "exec of the VMM to the agent's first answer",
-        Some(50.0),
-    ),
-    (
-        "run_vs_runc",
-        "`casemate run --rm busybox /bin/true` against `runc run`",
-        Some(1.5),
-    ),
-    (
-        "exec_vs_runc_exec",
-        "`casemate exec` of /bin/true against `runc exec`",
-        Some(1.0),
-    ),
-    (
-        "start_20_parallel",
-        "20 runs at once against 20 of runc",
-        None,
-    ),
-    (
-        "per_container_mib",
-        "the host's memory that one more idle container takes",
-        Some(48.0),
-    ),
-    (
-        "idle_cpu",
-        "processor time of 20 idle containers",
-        Some(1.0),
-    ),
-    (
-        "boot_exits",
-        "VM exits until the agent's first answer",
-        None,
-    ),
-    (
-        "vmm_private_kib",
-        "private memory of the VMM's processes, guest memory left out",
-        Some(4096.0),
-    ),
-    (
-        "guest_used_kib",
-        "guest memory in use once the agent is ready",
-        Some(24576.0),
-    ),
-    (
-        "erofs_vs_unpack",
-        "pull of a 300 MB image against skopeo and umoci",
-        Some(0.6),
-    ),
-    ("blk_vs_host", "4 KiB random read, guest against host", None),
-    (
-        "blk_vs_host_sequential",
-        "1 MiB sequential read, guest against host",
-        None,
-    ),
-    (
-        "console_lost_bytes",
-        "bytes lost of 1 GiB past a slow reader",
-        Some(0.0),
-    ),
-];
 
 /// Writes `summary.json` and `raw.json`; figures that were not measured this time stay as they were.
 pub(crate) fn write(dir: &Path, figures: &[Figure]) -> Result<()> {
@@ -149,7 +75,11 @@ pub(crate) fn table(figures: &[Figure], clock: &str) -> String {
         let Some(figure) = figures.iter().find(|figure| figure.key == key) else {
             continue;
         };
-        let bar = bar.map_or("report".to_owned(), |bar| format!("≤ {}", number(bar)));
+        let bar = match bar {
+            Bar::AtMost(bar) => format!("≤ {}", number(bar)),
+            Bar::AtLeast(bar) => format!("≥ {}", number(bar)),
+            Bar::Report => "report".to_owned(),
+        };
         let side = |values: &[f64]| match values {
             [] => String::new(),
             values => format!("{} {}", number(median(values)), figure.side_unit),
@@ -169,10 +99,7 @@ pub(crate) fn table(figures: &[Figure], clock: &str) -> String {
             "| `{key}` | {what} | {bar} | {median} {unit} | {ours} | {theirs} |"
         );
     }
-    for (key, title) in [
-        ("boot_exits", "VM exits of a boot by reason"),
-        ("run_vs_runc", "Phases of a run, ms, the longest first"),
-    ] {
+    for (key, title) in DETAILS {
         let Some(figure) = figures
             .iter()
             .find(|figure| figure.key == key && !figure.details.is_empty())

@@ -1,5 +1,7 @@
 //! What busybox lacks, for use in the guest: a static program that every fixture image carries.
 
+mod packets;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -23,7 +25,11 @@ fn main() -> ExitCode {
         Some((verb, [])) if verb == "power-off" => power_off(),
         Some((verb, [when])) if verb == "end-agent" => end_agent(when),
         Some((verb, [when])) if verb == "end-kernel" => end_kernel(when),
-        Some((verb, [port])) if verb == "udp-echo" => udp_echo(port),
+        Some((verb, [port])) if verb == "udp-echo" => packets::echo(port),
+        Some((verb, [address, port])) if verb == "udp-flood" => packets::flood(address, port),
+        Some((verb, [address, port, count])) if verb == "udp-ping" => {
+            packets::ping(address, port, count)
+        }
         Some((verb, [length])) if verb == "stream" && length.parse::<u64>().is_ok() => {
             let length = length.parse().unwrap_or(0);
             match casemate_tests::stream::write(length, &mut std::io::stdout().lock()) {
@@ -61,7 +67,7 @@ fn main() -> ExitCode {
         }
         _ => {
             eprintln!(
-                "usage: guest-tool udp-echo PORT | map FILE TEXT | lock FILE SECONDS | data FILE | tree ROOT [SKIP…] | stream BYTES | hog | power-off | end-agent MILLISECONDS | end-kernel MILLISECONDS"
+                "usage: guest-tool udp-echo PORT | udp-flood ADDRESS PORT | udp-ping ADDRESS PORT COUNT | map FILE TEXT | lock FILE SECONDS | data FILE | tree ROOT [SKIP…] | stream BYTES | hog | power-off | end-agent MILLISECONDS | end-kernel MILLISECONDS"
             );
             ExitCode::from(2)
         }
@@ -124,22 +130,6 @@ fn end_kernel(when: &str) -> ExitCode {
         Ok(()) => hog(),
         Err(_) => ExitCode::FAILURE,
     }
-}
-
-/// Sends every packet back.
-fn udp_echo(port: &str) -> ExitCode {
-    let socket = port
-        .parse()
-        .ok()
-        .and_then(|port: u16| std::net::UdpSocket::bind(("0.0.0.0", port)).ok());
-    let mut buffer = [0; 2048];
-    while let Some(socket) = &socket {
-        if let Ok((length, from)) = socket.recv_from(&mut buffer) {
-            let _ = socket.send_to(&buffer[..length], from);
-        }
-    }
-    eprintln!("{port} is no port that can be had");
-    ExitCode::FAILURE
 }
 
 /// Takes a file's lock for a while, or says that somebody has it.

@@ -15,6 +15,7 @@ mod files;
 mod filesystem;
 mod full_disk;
 mod health;
+mod hogs;
 mod initcalls;
 mod isolation;
 mod killed;

@@ -8,17 +8,17 @@ use std::sync::{Mutex, MutexGuard};
 /// Bridges, addresses and rules are the whole machine's: one test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
-fn alone() -> MutexGuard<'static, ()> {
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// A host whose containers are on a network unless they say otherwise.
-fn networked() -> Host {
+pub(crate) fn networked() -> Host {
     Host::with_images().configured("network = \"bridge\"\n")
 }
 
 /// The address that a container has on its network.
-fn address(host: &Host, name: &str) -> String {
+pub(crate) fn address(host: &Host, name: &str) -> String {
     let shown = host.casemate(["exec", name, "ip", "-4", "-o", "addr", "show", "eth0"]);
     let text = shown.succeeds().text();
     let address = text.split_whitespace().nth(3).expect("an address");
