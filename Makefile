@@ -78,7 +78,7 @@ e2e: setup-test build ## the end-to-end tests, on the KVM host
 	tests/kvm-host/selftest
 	vmm/tests/run
 	tests/run-e2e
-	tests/run-faults --points 12 --only 0-5 --cycles 3
+	tests/run-faults --points 12 --only 0-3 --cycles 2
 
 inside: setup-test build ## Docker's daemon, podman and systemd, each in a container
 	tests/inside/run

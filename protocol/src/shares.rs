@@ -13,3 +13,15 @@ pub fn weight_of_shares(shares: u64) -> u64 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weight_of_the_usual_and_of_both_ends() {
+        assert_eq!(weight_of_shares(1024), 100);
+        assert_eq!(weight_of_shares(2), 1);
+        assert_eq!(weight_of_shares(262_144), 10_000);
+    }
+}

@@ -17,9 +17,9 @@ const ROOT: &str = "/sys/fs/cgroup";
 const CGROUP2_MAGIC: u32 = 0x6367_7270;
 /// All of ours are below.
 const PARENT: &str = "casemate";
-const CONTROLLERS: [&str; 3] = ["+cpu", "+memory", "+pids"];
+const CONTROLLERS: &str = "+cpu +memory";
 /// Processes that were killed take a moment to go.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where the group of a sandbox is to be; `None`: this user, or this host, has none.
 pub fn path_for(id: &str) -> Option<PathBuf> {
@@ -52,9 +52,7 @@ pub fn create(path: &Path) -> io::Result<()> {
         return Ok(());
     }
     for dir in [Path::new(ROOT), parent] {
-        for controller in CONTROLLERS {
-            write(dir, "cgroup.subtree_control", controller)?;
-        }
+        write(dir, "cgroup.subtree_control", CONTROLLERS)?;
     }
     Ok(())
 }

@@ -186,7 +186,7 @@ impl Host {
     #[track_caller]
     pub fn is_clean(&self) {
         let found = leftovers::after(
-            Duration::from_secs(10),
+            Duration::from_secs(60),
             self.dir.path(),
             &self.state(),
             &self.data(),

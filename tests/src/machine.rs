@@ -64,7 +64,7 @@ pub fn kill(pids: &[Pid]) -> usize {
         // It may have died with another one in the meantime.
         let _ = kill_process(*pid, Signal::KILL);
     }
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     for pid in pids {
         while lives(*pid) {
             assert!(Instant::now() < deadline, "{pid:?} outlives its death");

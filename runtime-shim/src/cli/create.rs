@@ -63,7 +63,7 @@ pub(super) async fn make(
     let resources = checked_resources(settings, args)?;
     let storage = storage_size(settings, args)?;
     let log = log_limits(args, wishes.log)?;
-    args.security.resolve()?;
+    let security = args.security.resolve()?;
     if let Some(signal) = &args.stop_signal {
         signals::parse(signal).context("--stop-signal")?;
     }
@@ -90,6 +90,7 @@ pub(super) async fn make(
         timing: wishes.timing,
         network: network.is_some(),
         data: &data,
+        security: &security,
     };
     let spec = spec::build(args, &image.config, &resources, &given)?;
     let hostname = spec::hostname(args, &given).to_owned();

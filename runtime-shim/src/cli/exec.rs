@@ -98,7 +98,7 @@ async fn why_killed(
     client: &Client,
 ) -> Result<(), Failure> {
     /// The container's end is told right after that of its processes.
-    const FOLLOWS: Duration = Duration::from_secs(1);
+    const FOLLOWS: Duration = Duration::from_secs(5);
     let id = &container.meta.id;
     let ended = client.wait(ProcessId::first_of(id));
     let _ = tokio::time::timeout(FOLLOWS, ended).await;

@@ -110,16 +110,14 @@ impl LimitArgs {
             }
             resources["cpu"]["shares"] = shares.into();
         }
-        if let Some(text) = &self.memory {
-            let limit = size::parse(text).context("--memory")?;
+        let memory = self.memory.as_deref().map(size::parse).transpose();
+        let memory = memory.context("--memory")?;
+        if let Some(limit) = memory {
             resources["memory"]["limit"] = limit.into();
         }
         if let Some(text) = &self.memory_reservation {
             let reservation = size::parse(text).context("--memory-reservation")?;
-            if let Some(limit) = resources["memory"]["limit"]
-                .as_u64()
-                .filter(|l| reservation > *l)
-            {
+            if let Some(limit) = memory.filter(|limit| reservation > *limit) {
                 bail!("--memory-reservation: {text} is more than the limit of {limit} bytes");
             }
             resources["memory"]["reservation"] = reservation.into();
@@ -129,10 +127,6 @@ impl LimitArgs {
                 bail!("--pids-limit: {limit} is not a number of processes; -1 means any number");
             }
             resources["pids"]["limit"] = limit.into();
-        }
-        // `resources["memory"]` above makes one where there was none.
-        if let Some(map) = resources.as_object_mut() {
-            map.retain(|_, value| !value.is_null());
         }
         Ok(resources)
     }

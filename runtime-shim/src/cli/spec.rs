@@ -17,6 +17,7 @@ use std::path::Path;
 
 /// Docker's, for an image that names none.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// What the arguments don't say.
 #[derive(Debug)]
 pub(super) struct Given<'a> {
@@ -34,6 +35,8 @@ pub(super) struct Given<'a> {
     pub(super) network: bool,
     /// Volumes and the like.
     pub(super) data: &'a Data,
+    /// What the security options come to.
+    pub(super) security: &'a Security,
 }
 
 /// A spec with nothing but resources, to check them before anything is fetched.
@@ -101,9 +104,10 @@ fn mount(kind: &str, target: &str, options: &[&str]) -> Value {
     json!({"destination": target, "type": kind, "source": kind, "options": options})
 }
 
-fn mounts(args: &CreateArgs, given: &Given<'_>, security: &Security) -> anyhow::Result<Vec<Value>> {
-    let write = if security.privileged { "rw" } else { "ro" };
-    let dev = match security.privileged {
+fn mounts(args: &CreateArgs, given: &Given<'_>) -> anyhow::Result<Vec<Value>> {
+    let privileged = given.security.privileged;
+    let write = if privileged { "rw" } else { "ro" };
+    let dev = match privileged {
         // The guest's own, with all that its kernel finds.
         true => mount("devtmpfs", "/dev", &["nosuid", "noexec"]),
         false => mount(
@@ -240,7 +244,7 @@ pub(super) fn build(
     if !workdir.starts_with('/') {
         bail!("the working directory {workdir:?} is not an absolute path");
     }
-    let security = args.security.resolve()?;
+    let security = given.security;
     let mut process = json!({
         "terminal": args.process.tty,
         "user": {"uid": 0, "gid": 0},
@@ -282,7 +286,7 @@ pub(super) fn build(
         "process": process,
         "root": {"path": "rootfs", "readonly": args.read_only},
         "hostname": hostname(args, given),
-        "mounts": mounts(args, given, &security)?,
+        "mounts": mounts(args, given)?,
         "annotations": annotations,
         "linux": linux,
     }))
@@ -310,6 +314,7 @@ mod tests {
             timing: None,
             network: false,
             data: &Data::default(),
+            security: &args.security.resolve()?,
         };
         let resources = args.resources.resources()?;
         build(&args, &image(config), &resources, &given)

@@ -23,7 +23,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 /// Plugins take milliseconds; iptables' lock or an emulated host may make it seconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// A result has a few addresses and routes.
 const MAX_RESULT: u64 = 256 << 10;
 /// What is told of a plugin's last words.

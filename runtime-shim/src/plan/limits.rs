@@ -4,7 +4,7 @@
 use super::{Host, PlanError, annotation, guest_mib};
 use crate::size::MIB;
 use casemate_vmm::config::{DiskLimits, RateLimit};
-use oci_spec::runtime::{LinuxResources, LinuxThrottleDevice, Spec};
+use oci_spec::runtime::{LinuxBlockIo, LinuxResources, LinuxThrottleDevice, Spec};
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
@@ -75,21 +75,7 @@ impl Limits {
             }
         }
         if let Some(io) = resources.block_io() {
-            let all: [(_, Pick); 4] = [
-                (io.throttle_read_bps_device(), |l| {
-                    &mut l.read.bytes_per_second
-                }),
-                (io.throttle_write_bps_device(), |l| {
-                    &mut l.write.bytes_per_second
-                }),
-                (io.throttle_read_iops_device(), |l| {
-                    &mut l.read.ops_per_second
-                }),
-                (io.throttle_write_iops_device(), |l| {
-                    &mut l.write.ops_per_second
-                }),
-            ];
-            for (devices, pick) in all {
+            for (devices, pick) in throttles(io) {
                 for device in devices.iter().flatten() {
                     *pick(self.disks.entry(number(device)?).or_default()) = device.rate();
                 }
@@ -111,13 +97,11 @@ fn of_processes(limit: u64) -> u64 {
 /// Whether a change of resources asks for what a sandbox has from its start: processors, and limits of disks.
 pub fn asks_for_fixed(change: &LinuxResources) -> bool {
     let cpus = change.cpu().as_ref().and_then(|cpu| cpu.cpus().as_ref());
-    let named =
-        |list: &Option<Vec<LinuxThrottleDevice>>| list.as_ref().is_some_and(|l| !l.is_empty());
     let disks = change.block_io().as_ref().is_some_and(|io| {
-        named(io.throttle_read_bps_device())
-            || named(io.throttle_write_bps_device())
-            || named(io.throttle_read_iops_device())
-            || named(io.throttle_write_iops_device())
+        let lists = throttles(io).map(|(devices, _)| devices);
+        lists
+            .iter()
+            .any(|devices| devices.as_ref().is_some_and(|d| !d.is_empty()))
     });
     disks || cpus.is_some_and(|list| !list.is_empty())
 }
@@ -128,6 +112,24 @@ fn number(device: &LinuxThrottleDevice) -> Result<(u32, u32), PlanError> {
     let number = |n: i64| u32::try_from(n).ok();
     let both = number(major).zip(number(minor));
     both.ok_or(PlanError::Device { major, minor })
+}
+
+/// A spec's lists of limits by device, and which of a disk's limits each is.
+fn throttles(io: &LinuxBlockIo) -> [(&Option<Vec<LinuxThrottleDevice>>, Pick); 4] {
+    [
+        (io.throttle_read_bps_device(), |l| {
+            &mut l.read.bytes_per_second
+        }),
+        (io.throttle_write_bps_device(), |l| {
+            &mut l.write.bytes_per_second
+        }),
+        (io.throttle_read_iops_device(), |l| {
+            &mut l.read.ops_per_second
+        }),
+        (io.throttle_write_iops_device(), |l| {
+            &mut l.write.ops_per_second
+        }),
+    ]
 }
 
 /// The processors that a spec leaves to a sandbox.

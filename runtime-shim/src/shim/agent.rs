@@ -106,7 +106,7 @@ impl Agent {
 
     /// A connection breaks when the guest dies: then its end says more.
     async fn broken(&self, call: &'static str, error: ttrpc::Error) -> CallError {
-        const DEATH_FOLLOWS: Duration = Duration::from_secs(2);
+        const DEATH_FOLLOWS: Duration = Duration::from_secs(5);
         let mut ended = self.ended.clone();
         match tokio::time::timeout(DEATH_FOLLOWS, wait_end(&mut ended)).await {
             Ok(end) => CallError::Ended(end),

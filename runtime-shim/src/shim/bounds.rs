@@ -13,8 +13,16 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
+/// Gives a sandbox's group back.
+pub(super) fn release(journal: &Journal) {
+    if let Err(error) = cgroup::release(journal) {
+        // It stays in the journal: the next command tries again, and tells.
+        eprintln!("casemate shim: {}", crate::rpc::chain(&error));
+    }
+}
+
 /// The bounds of one sandbox.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Bounds {
     group: Option<Group>,
     cpus: Option<CpuSet>,
@@ -101,6 +109,11 @@ impl Bounds {
             self.group = Some(group);
         }
         self.limit_cpu(limits)
+    }
+
+    /// Whether there is a group to give back.
+    pub(super) fn has_group(&self) -> bool {
+        self.group.is_some()
     }
 
     /// Limits the processor time from now on. Not before: a guest that is booting does its own work slowly enough.

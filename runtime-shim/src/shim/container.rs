@@ -1,17 +1,16 @@
 //! A container and the sandbox it lives in.
 
 use super::agent::CallError;
-use super::bounds::Bounds;
+use super::bounds::{self, Bounds};
 use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
 use super::network::{self, Attaching, Kept, NetworkFailure};
 use super::process::{Exit, Life, Process, Work};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
-use crate::cgroup;
 use crate::fds;
 use crate::files;
-use crate::journal::{Journal, Taken};
+use crate::journal::Journal;
 use crate::plan::{self, Host, Limits, Plan, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
@@ -118,6 +117,7 @@ pub(super) struct Container {
     timing: Mutex<Option<Timing>>,
     /// Where it stands what is to be given back.
     journal: Journal,
+    has_network: bool,
     /// What holds its processes.
     bounds: Mutex<Held>,
     /// What it has of the host for as long as it runs.
@@ -211,6 +211,7 @@ impl Container {
             execs: Mutex::default(),
             timing: Mutex::new(timing),
             journal: launch.journal.clone(),
+            has_network: plan.netns.is_some(),
             bounds: Mutex::new(Held {
                 bounds,
                 limits: plan.limits,
@@ -483,15 +484,11 @@ impl Container {
         }
         self.init.drained(PATIENCE).await;
         self.sandbox.stop(discard).await;
-        if let Err(error) = cgroup::release(&self.journal) {
-            // It stays in the journal: the next command tries again, and tells.
-            eprintln!("casemate shim: {}", crate::rpc::chain(&error));
+        let held = self.bounds.lock().map(|held| held.bounds.has_group());
+        if held.unwrap_or(true) {
+            bounds::release(&self.journal);
         }
-        let has_network = self
-            .journal
-            .read()
-            .is_ok_and(|t| t.iter().any(Taken::is_network));
-        if has_network {
+        if self.has_network {
             network::release(&self.journal).await;
             *self.kept.lock().unwrap_or_else(|e| e.into_inner()) = Kept::default();
         }

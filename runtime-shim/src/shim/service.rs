@@ -1,6 +1,7 @@
 //! containerd's Task service for the one container of a sandbox.
 
 use super::agent::CallError;
+use super::bounds;
 use super::container::{Container, ContainerError, Create, Observer};
 use super::health;
 use super::launch::Launch;
@@ -11,7 +12,6 @@ use super::recorder::Recorder;
 use super::shares;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
-use crate::cgroup;
 use crate::journal::{Journal, VMM_ROLE};
 use crate::plan::RootfsMount;
 use crate::rpc::{KILLED, SIGKILL, chain, status};
@@ -268,8 +268,7 @@ impl Service {
             Ok(container) => Ok(held.insert(container).clone()),
             Err(error) => {
                 network::release(&self.journal).await;
-                // What can't be given back now stays in the journal: the next command tries again, and tells.
-                let _ = cgroup::release(&self.journal);
+                bounds::release(&self.journal);
                 Err(failed(error))
             }
         }

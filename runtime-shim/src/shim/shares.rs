@@ -25,7 +25,7 @@ pub(super) const ROLE: &str = "virtiofsd";
 /// Bytes kept of what one prints: it says why it ends.
 const MAX_WORDS: usize = 4096;
 /// How long one may take to notice that its VM is gone, and a VM to be found gone when its share is.
-const FOLLOWS: Duration = Duration::from_secs(2);
+const FOLLOWS: Duration = Duration::from_secs(5);
 
 /// Why a share can't be served.
 #[derive(Debug, thiserror::Error)]

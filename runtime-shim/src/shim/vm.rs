@@ -23,7 +23,7 @@ const MAX_LOG: usize = 16 << 10;
 /// A VMM tells each phase once.
 const MAX_PHASES: usize = 16;
 /// A VMM answers from memory; more time means that it hangs.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a VMM's process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -44,6 +44,10 @@ const ENDING: &str = "ending";
 pub const SOCKET: &str = "task.sock";
 /// Making or unmaking a directory takes no longer: its process's number is another's by now.
 const IN_PASSING: Duration = Duration::from_secs(60);
+/// What an ended container's shim takes to give back what it ran on, with the slowest of CNI plugins.
+const GIVEN_BACK: Duration = network::cni::PATIENCE.saturating_mul(2);
+/// What a killed process takes to go.
+const GOES: Duration = Duration::from_secs(30);
 
 /// What went wrong with the state directory.
 #[derive(Debug, thiserror::Error)]
@@ -369,8 +373,7 @@ impl StateRoot {
 
     /// Takes over a container that nobody looks after; one that just ended is waited for.
     pub fn take(&self, container: &Container) -> Result<SandboxDir, StateError> {
-        const PATIENCE: Duration = Duration::from_secs(30);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + GIVEN_BACK;
         loop {
             match lock(&container.dir)? {
                 Lock::Ours(lock) => {
@@ -379,7 +382,7 @@ impl StateRoot {
                 }
                 Lock::Missing => return Err(StateError::NotFound(container.meta.name.clone())),
                 Lock::Theirs if Instant::now() > deadline => {
-                    return Err(StateError::Busy(container.meta.id.clone(), PATIENCE));
+                    return Err(StateError::Busy(container.meta.id.clone(), GIVEN_BACK));
                 }
                 Lock::Theirs => std::thread::sleep(Duration::from_millis(5)),
             }
@@ -394,9 +397,8 @@ impl StateRoot {
         force: bool,
         volumes: bool,
     ) -> Result<(), StateError> {
-        const PATIENCE: Duration = Duration::from_secs(10);
         let id = &container.meta.id;
-        let deadline = Instant::now() + PATIENCE;
+        let begun = Instant::now();
         loop {
             match lock(&container.dir)? {
                 Lock::Ours(lock) => {
@@ -416,8 +418,11 @@ impl StateRoot {
             if !force && !ended {
                 return Err(StateError::Running(id.clone()));
             }
-            if Instant::now() > deadline {
-                return Err(StateError::Stuck(id.clone(), PATIENCE));
+            if force && begun.elapsed() > GOES {
+                return Err(StateError::Stuck(id.clone(), GOES));
+            }
+            if begun.elapsed() > GIVEN_BACK {
+                return Err(StateError::Busy(id.clone(), GIVEN_BACK));
             }
             if force {
                 let journal = Journal::in_dir(&container.dir);

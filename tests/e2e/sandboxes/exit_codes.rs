@@ -5,10 +5,8 @@ use casemate_tests::Host;
 #[test]
 fn exit_code_of_the_workload_is_that_of_the_command() {
     let host = Host::with_images();
-    // Those that mean something on the way, and some that do not. (All 256 are run by the agent's own tests.)
-    for code in [
-        0, 1, 2, 42, 124, 125, 126, 127, 128, 129, 130, 137, 143, 254, 255,
-    ] {
+    // Those that mean something on the way, and the ends. (All 256 are run by the agent's own tests.)
+    for code in [0, 1, 125, 127, 137, 255] {
         host.script(&format!("exit {code}"))
             .ends_with(code)
             .is_silent();

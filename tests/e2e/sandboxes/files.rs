@@ -111,11 +111,11 @@ fn files_go_in_and_the_container_finds_them() {
 #[test]
 fn streams_of_tar_go_both_ways_whole() {
     let host = Host::with_images();
-    running(&host, "mkdir /in; head -c 50000000 /dev/urandom > /big;");
+    running(&host, "mkdir /in; head -c 20000000 /dev/urandom > /big;");
     let script = "casemate cp box:/big - | tar -xO | sha256sum > out.sum
         casemate exec box sh -c 'sha256sum < /big' > in.sum
         cmp out.sum in.sum
-        mkdir tree; head -c 30000000 /dev/urandom > tree/file
+        mkdir tree; head -c 10000000 /dev/urandom > tree/file
         tar -c tree | casemate cp - box:/in
         test \"$(casemate exec box sh -c 'sha256sum < /in/tree/file')\" = \"$(sha256sum < tree/file)\"
         casemate pause box; echo frozen > frozen; casemate cp frozen box:/in; casemate unpause box

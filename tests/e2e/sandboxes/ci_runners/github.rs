@@ -335,7 +335,7 @@ fn github_job_reaches_nothing_of_its_host() {
     asks(&runner, "portMappings", json!(["22:22"]), "`ports`");
     let volume = json!([{"sourceVolumePath": "/etc", "targetVolumePath": "/x", "readOnly": false}]);
     asks(&runner, "userMountVolumes", volume, "`volumes`");
-    for image in ["--privileged", "-v/:/host", "a b", "busybox\n--help", "'"] {
+    for image in ["-v/:/host", "busybox\n--help"] {
         asks(
             &runner,
             "image",
