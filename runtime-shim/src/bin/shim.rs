@@ -111,17 +111,18 @@ fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Serve
     })
 }
 
-/// `--hold-network CONTROL STREAM MAC [POLICY]`: the process that holds a user's network, by the numbers of two descriptors.
+/// `--hold-network CONTROL STREAM GATE MAC [POLICY]`: the process that holds a user's network, by the numbers of three
+/// descriptors.
 fn hold_network(mut args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     let mut next = || {
         let number = args.next().context("a descriptor's number is missing")?;
         descriptor("--hold-network", &number)
     };
-    let (control, stream) = (next()?, next()?);
+    let (control, stream, gate) = (next()?, next()?, next()?);
     let guest = args.next().context("the guest's MAC address is missing")?;
     let guest = guest.parse().map_err(anyhow::Error::msg)?;
     let policy = args.next().map(|text| serde_json::from_str(&text));
-    network::user::hold(control, stream, guest, policy.transpose()?)
+    network::user::hold([control, stream, gate], guest, policy.transpose()?)
 }
 
 fn descriptor(name: &str, text: &str) -> anyhow::Result<OwnedFd> {

@@ -2,7 +2,9 @@
 
 use super::args::FormatArgs;
 use crate::network::egress::Rule;
+use crate::network::named::NameRule;
 use clap::{Args, Subcommand, ValueEnum};
+use std::str::FromStr;
 
 /// `--egress`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -11,6 +13,27 @@ pub(super) enum Egress {
     Allow,
     /// Nowhere but where --egress-allow says
     Deny,
+}
+
+/// `--egress-allow`
+#[derive(Debug, Clone)]
+pub(super) enum Exception {
+    /// By address.
+    Addresses(Rule),
+    /// By name.
+    Name(NameRule),
+}
+
+impl FromStr for Exception {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text.parse(), text.parse()) {
+            (Ok(rule), _) => Ok(Self::Addresses(rule)),
+            (_, Ok(rule)) => Ok(Self::Name(rule)),
+            (Err(error), _) => Err(format!("{error}, nor like example.com:443")),
+        }
+    }
 }
 
 /// A container's network.
@@ -53,9 +76,9 @@ pub(super) struct NetworkArgs {
     /// Where it may send to: everywhere but to clouds' metadata, or nowhere (replies are no sending)
     #[arg(long, value_name = "POLICY", value_enum)]
     pub(super) egress: Option<Egress>,
-    /// An exception: CIDR[:PORT[-PORT]][/tcp|udp], IPv6 with a port in brackets
+    /// An exception: CIDR[:PORT[-PORT]][/tcp|udp], IPv6 with a port in brackets; or a name or *.DOMAIN instead of CIDR
     #[arg(long, value_name = "DESTINATION")]
-    pub(super) egress_allow: Vec<Rule>,
+    pub(super) egress_allow: Vec<Exception>,
     /// A further name of the container on its network
     #[arg(long, alias = "net-alias", value_name = "NAME")]
     pub(super) network_alias: Vec<String>,

@@ -1,6 +1,6 @@
 //! From a container's network options to what the shim is to make of them.
 
-use super::network_args::{Egress, NetworkArgs};
+use super::network_args::{Egress, Exception, NetworkArgs};
 use super::{publish, resolv};
 use crate::network::cni;
 use crate::network::egress::{MAX_RULES, Policy};
@@ -55,6 +55,7 @@ pub(super) fn wish(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Op
     }
     check_host(settings)?;
     let dir = networks::dir_of(&settings.data_dir);
+    let ports = publish::all(&args.publish)?;
     let mut attachments: Vec<Attachment> = Vec::new();
     for name in &names {
         let network = Network::load_or_default(&dir, name).context("--network")?;
@@ -63,6 +64,9 @@ pub(super) fn wish(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Op
         }
         let first = attachments.is_empty();
         check_wishes(args, &network, first)?;
+        if first {
+            check_ports(&ports, &network)?;
+        }
         let mac = match args.mac_address.filter(|_| first) {
             Some(mac) => mac,
             None => Mac::random().context("no random numbers")?,
@@ -78,7 +82,7 @@ pub(super) fn wish(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Op
     }
     Ok(Some(Wish {
         attachments,
-        ports: publish::all(&args.publish)?,
+        ports,
         dns: resolv::servers(args)?,
         egress: policy(args)?,
     }))
@@ -99,16 +103,45 @@ fn check_wishes(args: &NetworkArgs, network: &Network, first: bool) -> anyhow::R
     Ok(())
 }
 
+/// Whether the network's plugins can publish them: they say nothing, and do nothing, if they can't.
+fn check_ports(ports: &[Port], network: &Network) -> anyhow::Result<()> {
+    let subnets = network.subnets();
+    let has_ipv6 = subnets.is_empty() || subnets.iter().any(|(subnet, _)| subnet.contains(':'));
+    for ip in ports
+        .iter()
+        .filter_map(|p| p.host_ip.filter(|ip| ip.is_ipv6()))
+    {
+        if !has_ipv6 {
+            bail!("--publish: {ip}: network {} has no IPv6", network.name);
+        }
+        if ip.is_loopback() {
+            bail!(
+                "--publish: {ip}: Linux sends nothing on from there; use 127.0.0.1 or another address"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// `--egress`; `None`: what every container has.
 fn policy(args: &NetworkArgs) -> anyhow::Result<Option<Policy>> {
     if args.egress_allow.len() > MAX_RULES {
         bail!("--egress-allow: at most {MAX_RULES} are possible");
     }
-    let deny = args.egress == Some(Egress::Deny);
-    let policy = Policy {
-        deny,
-        allow: args.egress_allow.clone(),
+    let mut policy = Policy {
+        deny: args.egress == Some(Egress::Deny),
+        ..Policy::default()
     };
+    for exception in &args.egress_allow {
+        match exception.clone() {
+            Exception::Addresses(rule) => policy.allow.push(rule),
+            // The rest is allowed, and to metadata no name leads.
+            Exception::Name(rule) if !policy.deny => {
+                bail!("--egress-allow {}: a name needs --egress deny", rule.name);
+            }
+            Exception::Name(rule) => policy.names.push(rule),
+        }
+    }
     Ok((policy != Policy::default()).then_some(policy))
 }
 
@@ -185,9 +218,8 @@ fn of_user(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Wish> {
     if args.ip.is_some() || args.ip6.is_some() {
         bail!("--ip: network passt gives every container the same address");
     }
-    if !args.publish.is_empty() || args.publish_all {
-        bail!("--publish: network passt can't do that yet; the networks of root can");
-    }
+    let ports = publish::all(&args.publish)?;
+    check_users_ports(&ports)?;
     let random = || Mac::random().context("no random numbers");
     let mac = args.mac_address.map_or_else(random, Ok)?;
     let attachment = Attachment {
@@ -198,10 +230,37 @@ fn of_user(settings: &Settings, args: &NetworkArgs) -> anyhow::Result<Wish> {
     };
     Ok(Wish {
         attachments: vec![attachment],
-        ports: Vec::new(),
+        ports,
         dns: resolv::servers(args)?,
         egress: policy(args)?,
     })
+}
+
+/// Whether passt can publish them.
+fn check_users_ports(ports: &[Port]) -> anyhow::Result<()> {
+    for (nth, port) in ports.iter().enumerate() {
+        let address = |port: &Port| port.host_ip.map(|ip| ip.to_string()).unwrap_or_default();
+        if port.host_ip.is_some_and(|ip| ip.is_ipv6()) && !user::has_ipv6() {
+            bail!(
+                "--publish: {}: this host has no way out by IPv6, so network passt has IPv4 only",
+                address(port)
+            );
+        }
+        // It knows ports of the host by number alone.
+        let other = ports[..nth].iter().find(|other| {
+            (other.host_port, &other.protocol) == (port.host_port, &port.protocol)
+                && other.container_port != port.container_port
+        });
+        if let Some(other) = other {
+            bail!(
+                "--publish: network passt can't give port {} of {} and of {} to different ports of the container",
+                port.host_port,
+                address(other),
+                address(port)
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Whether this host and this user can have networks at all.
@@ -238,12 +297,7 @@ pub(super) fn files(
         false => gateway(settings, wish),
     };
     hosts.push_str(&resolv::extra_hosts(&args.add_host, gateway)?);
-    // Both ask the host's own resolvers; a user's container asks those of --dns by itself.
-    let (server, given) = match first_is_users(wish) {
-        true => (user::RESOLVER, wish.dns.as_slice()),
-        false => (RESOLVER.into(), &[][..]),
-    };
-    let resolv = resolv::resolv_conf(args, given, server, &resolv::of_host())?;
+    let resolv = resolv::resolv_conf(args, RESOLVER.into(), &resolv::of_host())?;
     Ok(vec![
         ("hosts", hosts.into_bytes()),
         ("resolv.conf", resolv.into_bytes()),

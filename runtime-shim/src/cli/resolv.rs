@@ -23,10 +23,9 @@ pub(super) fn servers(args: &NetworkArgs) -> anyhow::Result<Vec<IpAddr>> {
     args.dns.iter().map(parse).collect()
 }
 
-/// What a container on a network gets: the resolvers that are given, else `server`; the rest as given, else the host's.
+/// What a container on a network gets: our resolver, the rest as given, else the host's.
 pub(super) fn resolv_conf(
     args: &NetworkArgs,
-    given: &[IpAddr],
     server: Ipv4Addr,
     host: &str,
 ) -> anyhow::Result<String> {
@@ -39,13 +38,7 @@ pub(super) fn resolv_conf(
         let of_key = move |line: &&str| line.split_whitespace().next() == Some(key);
         host.lines().filter(of_key).map(|line| format!("{line}\n"))
     };
-    let mut text = match given {
-        [] => format!("nameserver {server}\n"),
-        given => given
-            .iter()
-            .map(|ip| format!("nameserver {ip}\n"))
-            .collect(),
-    };
+    let mut text = format!("nameserver {server}\n");
     match args.dns_search.as_slice() {
         [] => text.extend(lines("search")),
         // Docker's way to say that there is none.
@@ -96,7 +89,7 @@ mod tests {
 
     #[test]
     fn resolv_conf_takes_the_hosts_domains_and_options() {
-        let text = resolv_conf(&NetworkArgs::default(), &[], SERVER, HOST).unwrap();
+        let text = resolv_conf(&NetworkArgs::default(), SERVER, HOST).unwrap();
         assert_eq!(
             text,
             "nameserver 127.0.0.11\nsearch a.example b.example\noptions edns0\n"
@@ -111,18 +104,16 @@ mod tests {
             dns_option: strings(&["ndots:2"]),
             ..NetworkArgs::default()
         };
-        let given = servers(&args).unwrap();
-        let text = resolv_conf(&args, &given, SERVER, HOST).unwrap();
-        assert_eq!(
-            text,
-            "nameserver 10.0.0.1\nnameserver fd00::1\noptions ndots:2\n"
-        );
+        let given: Vec<IpAddr> = ["10.0.0.1", "fd00::1"].map(|ip| ip.parse().unwrap()).into();
+        assert_eq!(servers(&args).unwrap(), given);
+        let text = resolv_conf(&args, SERVER, HOST).unwrap();
+        assert_eq!(text, "nameserver 127.0.0.11\noptions ndots:2\n");
         let args = NetworkArgs {
             dns: strings(&["x"]),
             dns_search: strings(&["a\nnameserver 6.6.6.6"]),
             ..NetworkArgs::default()
         };
-        assert!(servers(&args).is_err() && resolv_conf(&args, &[], SERVER, HOST).is_err());
+        assert!(servers(&args).is_err() && resolv_conf(&args, SERVER, HOST).is_err());
     }
 
     #[test]
@@ -148,7 +139,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn resolv_conf_of_anything_never_panics(host in ".{0,200}") {
-            resolv_conf(&NetworkArgs::default(), &[], SERVER, &host).unwrap();
+            resolv_conf(&NetworkArgs::default(), SERVER, &host).unwrap();
         }
     }
 }

@@ -5,6 +5,7 @@
 //! the sandbox's network namespace: the guest can't reach them, and they go with it.
 
 use super::look::Interface;
+use super::named::NameRule;
 use super::tap::{self, METADATA_V4, METADATA_V6};
 use crate::fds;
 use casemate_protocol::netlink::{Request, Socket, attribute, flag, kind, link};
@@ -41,6 +42,9 @@ pub struct Policy {
     pub deny: bool,
     /// Exceptions.
     pub allow: Vec<Rule>,
+    /// Exceptions by name: the addresses that they have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<NameRule>,
 }
 
 impl Policy {
@@ -80,11 +84,24 @@ impl FromStr for Rule {
     }
 }
 
-fn parse(text: &str) -> Option<Rule> {
-    let (text, protocol) = match text.rsplit_once('/') {
+/// Cuts `/tcp` or `/udp` off.
+pub(super) fn split_protocol(text: &str) -> (&str, Option<String>) {
+    match text.rsplit_once('/') {
         Some((rest, protocol @ ("tcp" | "udp"))) => (rest, Some(protocol.to_owned())),
         _ => (text, None),
-    };
+    }
+}
+
+/// `PORT` or `PORT-PORT`
+pub(super) fn parse_ports(text: &str) -> Option<(u16, u16)> {
+    let number = |text: &str| text.parse::<u16>().ok().filter(|n| *n > 0);
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let range = (number(first)?, number(last)?);
+    Some(range).filter(|(first, last)| first <= last)
+}
+
+fn parse(text: &str) -> Option<Rule> {
+    let (text, protocol) = split_protocol(text);
     let (network, ports) = match text.strip_prefix('[') {
         Some(rest) => {
             let (network, rest) = rest.split_once(']')?;
@@ -100,14 +117,9 @@ fn parse(text: &str) -> Option<Rule> {
         }
         None => (text, None),
     };
-    let number = |text: &str| text.parse::<u16>().ok().filter(|n| *n > 0);
     let ports = match ports {
         None => None,
-        Some(ports) => {
-            let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-            let range = (number(first)?, number(last)?);
-            Some(Some(range).filter(|(first, last)| first <= last)?)
-        }
+        Some(ports) => Some(parse_ports(ports)?),
     };
     if text.ends_with(':') {
         return None;
@@ -158,18 +170,24 @@ impl Rule {
     }
 
     /// As iptables takes it.
-    fn lines(&self) -> String {
+    fn lines(&self, chain: &str) -> String {
         let (ip, prefix) = self.network;
         let protocols: Vec<&str> = match (&self.protocol, self.ports) {
             (Some(protocol), _) => vec![protocol],
             (None, Some(_)) => vec!["tcp", "udp"],
-            (None, None) => return format!("-A FORWARD -d {ip}/{prefix} -j ACCEPT\n"),
+            (None, None) => return format!("-A {chain} -d {ip}/{prefix} -j ACCEPT\n"),
         };
         let ports = self.ports.map(|(a, b)| format!(" --dport {a}:{b}"));
         let ports = ports.unwrap_or_default();
-        let line = |p| format!("-A FORWARD -d {ip}/{prefix} -p {p}{ports} -j ACCEPT\n");
+        let line = |p| format!("-A {chain} -d {ip}/{prefix} -p {p}{ports} -j ACCEPT\n");
         protocols.into_iter().map(line).collect()
     }
+}
+
+/// Those of the rules that are of one family, for a chain.
+fn lines(rules: &[Rule], four: bool, chain: &str) -> String {
+    let of_family = rules.iter().filter(|r| r.network.0.is_ipv4() == four);
+    of_family.map(|rule| rule.lines(chain)).collect()
 }
 
 /// The rules for what crosses a bridge, in iptables-restore's format. Whatever comes from a tap of a guest is the guest's
@@ -196,31 +214,56 @@ fn rules(policy: &Policy, ips: &[IpAddr], taps: &[String], four: bool) -> String
     text.push_str("-A GUEST -j DROP\n");
     text = text.replacen(":GUEST -\n", ":GUEST -\n:OURS -\n", 1);
     text.push_str("-A OURS -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT\n");
-    for rule in &policy.allow {
-        if rule.network.0.is_ipv4() == four {
-            text.push_str(&rule.lines().replace("-A FORWARD", "-A OURS"));
-        }
-    }
-    if !policy.deny {
+    text.push_str(&lines(&policy.allow, four, "OURS"));
+    let named = !policy.names.is_empty();
+    // Before the names: whoever answers for one must not give away what is in these places.
+    if !policy.deny || named {
         let (network, prefix) = METADATA_V4;
         match four {
             true => text.push_str(&format!("-A OURS -d {network}/{prefix} -j DROP\n")),
             false => text.extend(METADATA_V6.map(|ip| format!("-A OURS -d {ip} -j DROP\n"))),
         }
+    }
+    if named {
+        text = text.replacen(":GUEST -\n", ":GUEST -\n:NAMED -\n", 1);
+        text.push_str("-A OURS -j NAMED\n");
+    }
+    if !policy.deny {
         text.push_str("-A OURS -j ACCEPT\n");
     }
     text.push_str("COMMIT\n");
     text
 }
 
+/// What replaces the rules for addresses that names have, and leaves all others.
+fn named_rules(rules: &[Rule], four: bool) -> String {
+    format!("*filter\n:NAMED -\n{}COMMIT\n", lines(rules, four, "NAMED"))
+}
+
 /// Loads the rules into the calling thread's network namespace and makes sure that they are asked.
 pub fn enforce(policy: &Policy, ips: &[IpAddr], taps: &[String]) -> io::Result<()> {
     ask_the_filter()?;
-    restore("iptables-restore", &rules(policy, ips, taps, true))?;
-    if std::path::Path::new("/proc/sys/net/ipv6").exists() {
-        restore("ip6tables-restore", &rules(policy, ips, taps, false))?;
+    for (program, four) in programs() {
+        restore(program, &[], &rules(policy, ips, taps, four))?;
     }
     Ok(())
+}
+
+/// Where the names among a policy's exceptions lead from now on, in the calling thread's network namespace, in which
+/// it is enforced.
+pub fn set_named(allowed: &[Rule]) -> io::Result<()> {
+    for (program, four) in programs() {
+        restore(program, &["--noflush"], &named_rules(allowed, four))?;
+    }
+    Ok(())
+}
+
+/// Who loads rules, and whether those are IPv4's.
+fn programs() -> impl Iterator<Item = (&'static str, bool)> {
+    let six = std::path::Path::new("/proc/sys/net/ipv6").exists();
+    [("iptables-restore", true), ("ip6tables-restore", false)]
+        .into_iter()
+        .filter(move |(_, four)| *four || six)
 }
 
 /// Without its module the kernel lets everything across a bridge.
@@ -242,10 +285,11 @@ fn ask_the_filter() -> io::Result<()> {
     Ok(())
 }
 
-fn restore(program: &str, rules: &str) -> io::Result<()> {
+fn restore(program: &str, options: &[&str], rules: &str) -> io::Result<()> {
     let input = fds::memory_file("rules", rules.as_bytes())?;
     let mut command = Command::new(program);
     command
+        .args(options)
         .env_clear()
         .env(
             "PATH",
@@ -350,6 +394,7 @@ mod tests {
                 "10.0.0.0/8:53/udp".parse().unwrap(),
                 "fd00::/8".parse().unwrap(),
             ],
+            names: Vec::new(),
         };
         let allows = |ip: &str, port, protocol| policy.allows(ip.parse().unwrap(), port, protocol);
         assert!(allows("10.9.9.9", 53, "udp") && allows("fd12::1", 1, "tcp"));
@@ -362,6 +407,7 @@ mod tests {
         let policy = Policy {
             deny: true,
             allow: vec!["10.0.0.1:443".parse().unwrap(), "fd00::/8".parse().unwrap()],
+            names: Vec::new(),
         };
         let ips = ["10.188.0.2".parse().unwrap()];
         let text = rules(&policy, &ips, &["tap0".into()], true);
@@ -380,6 +426,27 @@ mod tests {
             text.find("-A OURS -j ACCEPT"),
         );
         assert!(drop.unwrap() < accept.unwrap());
+    }
+
+    #[test]
+    fn rules_of_a_policy_with_names_keep_them_from_metadata() {
+        let policy = Policy {
+            deny: true,
+            names: vec!["example.com".parse().unwrap()],
+            ..Policy::default()
+        };
+        for (four, metadata) in [(true, "169.254.0.0/16"), (false, "fd00:ec2::254")] {
+            let text = rules(&policy, &[], &[], four);
+            let at = |what: &str| text.find(what).unwrap();
+            assert!(at(&format!("{metadata} -j DROP")) < at("-A OURS -j NAMED"));
+            assert!(at(":NAMED -\n") < at("-A OURS"));
+            assert!(!text.contains("-A OURS -j ACCEPT"));
+        }
+        let pinned = ["10.0.0.1:443/tcp".parse().unwrap()];
+        let text = named_rules(&pinned, true);
+        let line = "-A NAMED -d 10.0.0.1/32 -p tcp --dport 443:443 -j ACCEPT";
+        assert_eq!(text, format!("*filter\n:NAMED -\n{line}\nCOMMIT\n"));
+        assert_eq!(named_rules(&pinned, false), "*filter\n:NAMED -\nCOMMIT\n");
     }
 
     proptest::proptest! {

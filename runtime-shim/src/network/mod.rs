@@ -13,11 +13,15 @@
 //! | `look` | what is in one |
 //! | `tap` | taps, and what joins them with interfaces |
 //! | `egress` | where a guest may send to |
+//! | `named` | names there |
 //! | `user` | an ordinary user's: passt |
+//! | `handshake` | a fault of passt's, mended |
 
 pub mod cni;
 pub mod egress;
+mod handshake;
 pub mod look;
+pub mod named;
 pub mod netns;
 pub mod networks;
 pub mod tap;

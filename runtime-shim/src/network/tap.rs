@@ -104,7 +104,7 @@ pub fn join(
     socket.change(filter(interface.index, 9, ETH_P_ALL, all, Some(tap.index)))
 }
 
-/// Nothing of the namespace's own comes from this interface, or takes what nobody else did.
+/// Nothing of the namespace's own comes from this interface, or takes what nobody else did. One that isn't there is fine.
 pub fn mute(name: &str) -> io::Result<()> {
     for (key, value) in [
         (format!("ipv4/conf/{name}/forwarding"), "0"),

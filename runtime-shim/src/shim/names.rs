@@ -2,12 +2,19 @@
 //!
 //! The agent passes on what the guest's programs ask, so all of it is hostile: one question a message, bounded, and
 //! only so many at a time.
+//!
+//! Where names are exceptions of an egress policy, whatever addresses the guest is told of one of them are let through
+//! before it is told: what it knows and what it may is the same. These questions are our own and their answers are
+//! taken apart; nothing else of them reaches the guest.
 
+use super::dns::{self, Answer, Question};
+use super::gate::Gate;
 use crate::files;
 use crate::network;
 use crate::network::cni::{self, Outcome};
 use crate::network::egress::Policy;
 use crate::network::wish::{self, Wish};
+use crate::network::{named, user};
 use crate::state::{Container, DEFAULT_NAMESPACE, StateRoot};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -31,18 +38,16 @@ const PATIENCE: Duration = Duration::from_millis(2500);
 const MAX_RESOLVERS: usize = 3;
 /// Names come and go with containers.
 const TTL: u32 = 0;
-const HEADER: usize = 12;
-const TYPE_A: u16 = 1;
-const TYPE_AAAA: u16 = 28;
-const CLASS_IN: u16 = 1;
-const SERVER_FAILED: u8 = 2;
-const REFUSED: u8 = 5;
+/// Seconds that the guest may keep an address of a name that is an exception: it soon learns of others.
+const MAX_TTL: u32 = 60;
 
 /// What it goes by.
 pub(super) struct Names {
     pub(super) state_dir: PathBuf,
     /// The sandbox's own.
     pub(super) wish: Wish,
+    /// For the names that are exceptions of its policy, if there are any.
+    pub(super) gate: Option<Gate>,
 }
 
 /// Serves on our end of the stream until the guest's is gone.
@@ -88,10 +93,20 @@ impl Names {
     /// The answer to a message; `None`: it is no question.
     async fn answer(&self, message: Vec<u8>) -> Option<Vec<u8>> {
         let question = Question::parse(&message)?;
-        if question.class == CLASS_IN
-            && let Some(ips) = self.find(&question.name)
+        let beside = match question.class == dns::CLASS_IN {
+            true => self.find(&question.name),
+            false => None,
+        };
+        if let Some(gate) = &self.gate
+            && gate.knows(&question.name)
         {
-            return Some(question.answered(&message, &ips));
+            return Some(
+                self.answer_exception(gate, &question, &message, beside)
+                    .await,
+            );
+        }
+        if let Some(ips) = beside {
+            return Some(question.answered(&message, &ips, TTL));
         }
         let mut refused = false;
         for resolver in self.resolvers() {
@@ -101,8 +116,65 @@ impl Names {
                 return Some(answer);
             }
         }
-        let code = if refused { REFUSED } else { SERVER_FAILED };
+        let code = match refused {
+            true => dns::REFUSED,
+            false => dns::SERVER_FAILED,
+        };
         Some(question.reply(&message, code, 0))
+    }
+
+    /// The answer for a name that the guest may send to. `beside`: a container has that name.
+    async fn answer_exception(
+        &self,
+        gate: &Gate,
+        question: &Question,
+        message: &[u8],
+        beside: Option<Vec<IpAddr>>,
+    ) -> Vec<u8> {
+        let found = match beside {
+            Some(ips) => Some(Answer {
+                code: dns::NO_ERROR,
+                ips,
+                ttl: TTL,
+            }),
+            None => self.resolve(question).await,
+        };
+        let Some(mut answer) = found else {
+            return question.reply(message, dns::SERVER_FAILED, 0);
+        };
+        answer.ips.retain(|ip| named::may_lead_to(*ip));
+        if let Err(error) = gate.open(&question.name, &answer.ips).await {
+            // The guest can ask again and again.
+            if !gate.has_complained() {
+                eprintln!("casemate shim: can't let names through: {error}");
+            }
+            return question.reply(message, dns::SERVER_FAILED, 0);
+        }
+        match answer.code {
+            dns::NO_ERROR => question.answered(message, &answer.ips, answer.ttl.min(MAX_TTL)),
+            code => question.reply(message, code, 0),
+        }
+    }
+
+    /// Asks the resolvers for a name's addresses; nothing else is asked for a name that is an exception.
+    async fn resolve(&self, question: &Question) -> Option<Answer> {
+        let asked = dns::question(&question.name, question.kind)?;
+        if question.class != dns::CLASS_IN
+            || ![dns::TYPE_A, dns::TYPE_AAAA].contains(&question.kind)
+        {
+            return Some(Answer::default());
+        }
+        for resolver in self.resolvers() {
+            let answer = ask(resolver, &asked).await.ok();
+            let answer = answer.and_then(|answer| Answer::parse(&answer, question));
+            match answer {
+                Some(answer) if [dns::NO_ERROR, dns::NO_NAME].contains(&answer.code) => {
+                    return Some(answer);
+                }
+                _ => {}
+            }
+        }
+        None
     }
 
     /// The addresses of the container that is called so on a network of ours.
@@ -119,7 +191,9 @@ impl Names {
         let mut ips = Vec::new();
         for (number, attachment) in wish.attachments.iter().enumerate() {
             let mut ours = self.wish.attachments.iter();
-            if !ours.any(|own| own.network == attachment.network) {
+            // Of those who have passt nobody can reach another.
+            let apart = attachment.network == user::NAME;
+            if apart || !ours.any(|own| own.network == attachment.network) {
                 continue;
             }
             let suffix = format!(".{}", attachment.network.to_ascii_lowercase());
@@ -179,7 +253,7 @@ async fn ask(resolver: IpAddr, message: &[u8]) -> io::Result<Vec<u8>> {
     let received = async {
         loop {
             let length = socket.recv(&mut answer).await?;
-            if length >= HEADER && answer[..2] == id {
+            if length >= dns::HEADER && answer[..2] == id {
                 return io::Result::Ok(length);
             }
         }
@@ -188,138 +262,4 @@ async fn ask(resolver: IpAddr, message: &[u8]) -> io::Result<Vec<u8>> {
     answer.truncate(length);
     answer[..2].copy_from_slice(&message[..2]);
     Ok(answer)
-}
-
-/// What a message asks.
-#[derive(Debug, PartialEq)]
-struct Question {
-    name: String,
-    kind: u16,
-    class: u16,
-    /// Where it ends in the message.
-    end: usize,
-}
-
-impl Question {
-    fn parse(message: &[u8]) -> Option<Self> {
-        let word = |at: usize| {
-            Some(u16::from_be_bytes(
-                message.get(at..at + 2)?.try_into().ok()?,
-            ))
-        };
-        let is_answer = word(2)? & 0x8000 != 0;
-        if is_answer || word(4)? != 1 {
-            return None;
-        }
-        let (mut at, mut labels) = (HEADER, Vec::new());
-        loop {
-            let length = usize::from(*message.get(at)?);
-            at += 1;
-            if length == 0 {
-                break;
-            }
-            // A reference to elsewhere makes no sense here.
-            if length > 63 || at + length > HEADER + 255 {
-                return None;
-            }
-            let label = String::from_utf8_lossy(message.get(at..at + length)?);
-            labels.push(label.to_ascii_lowercase());
-            at += length;
-        }
-        Some(Self {
-            name: labels.join("."),
-            kind: word(at)?,
-            class: word(at + 2)?,
-            end: at + 4,
-        })
-    }
-
-    /// A reply with nothing but the question.
-    fn reply(&self, message: &[u8], code: u8, answers: u16) -> Vec<u8> {
-        let mut reply = message[..self.end].to_vec();
-        // An answer, with authority; what was desired of recursion is kept, and there is some.
-        reply[2] = reply[2] & 0x79 | 0x84;
-        reply[3] = 0x80 | code;
-        reply[4..HEADER].fill(0);
-        reply[5] = 1;
-        reply[6..8].copy_from_slice(&answers.to_be_bytes());
-        reply
-    }
-
-    /// A reply with those of the addresses that are asked for.
-    fn answered(&self, message: &[u8], ips: &[IpAddr]) -> Vec<u8> {
-        let bytes = |ip: &IpAddr| match (ip, self.kind) {
-            (IpAddr::V4(ip), TYPE_A) => Some(ip.octets().to_vec()),
-            (IpAddr::V6(ip), TYPE_AAAA) => Some(ip.octets().to_vec()),
-            _ => None,
-        };
-        let all: Vec<Vec<u8>> = ips.iter().filter_map(bytes).collect();
-        let mut reply = self.reply(message, 0, all.len() as u16);
-        for ip in all {
-            // The name is the question's.
-            reply.extend([0xc0, HEADER as u8]);
-            reply.extend(self.kind.to_be_bytes());
-            reply.extend(CLASS_IN.to_be_bytes());
-            reply.extend(TTL.to_be_bytes());
-            reply.extend((ip.len() as u16).to_be_bytes());
-            reply.extend(ip);
-        }
-        reply
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A question for a name.
-    fn message(name: &str, kind: u16) -> Vec<u8> {
-        let mut bytes = vec![7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        for label in name.split('.') {
-            bytes.push(label.len() as u8);
-            bytes.extend(label.as_bytes());
-        }
-        bytes.extend([0, 0, kind as u8, 0, 1]);
-        bytes
-    }
-
-    #[test]
-    fn question_is_answered_with_addresses_of_its_kind() {
-        let asked = message("Web.Net", TYPE_A);
-        let question = Question::parse(&asked).unwrap();
-        assert_eq!((&*question.name, question.end), ("web.net", asked.len()));
-        let ips = ["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
-        let reply = question.answered(&asked, &ips);
-        assert_eq!(reply[..8], [7, 7, 0x85, 0x80, 0, 1, 0, 1]);
-        assert!(reply.ends_with(&[0, 4, 10, 0, 0, 2]));
-        let mail = Question {
-            kind: 15,
-            ..question
-        };
-        assert_eq!(mail.answered(&asked, &ips)[6..8], [0, 0]);
-    }
-
-    #[test]
-    fn question_that_is_none_is_refused() {
-        let asked = message("web", TYPE_A);
-        for end in 0..asked.len() {
-            assert_eq!(Question::parse(&asked[..end]), None, "{end}");
-        }
-        let mut answer = asked.clone();
-        answer[2] |= 0x80;
-        assert_eq!(Question::parse(&answer), None);
-        let mut reference = asked.clone();
-        reference[HEADER] = 0xc0;
-        assert_eq!(Question::parse(&reference), None);
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn message_of_anything_never_panics(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
-            if let Some(question) = Question::parse(&bytes) {
-                let ips = [IpAddr::from([10, 0, 0, 1])];
-                assert!(question.answered(&bytes, &ips).len() >= question.end);
-            }
-        }
-    }
 }

@@ -4,15 +4,17 @@
 //! plugins put into the namespace is joined with them afterwards.
 
 use super::bounds::Bounds;
+use super::gate::{Gate, Keeper};
 use super::launch::Launch;
 use super::names::{self, Names};
 use super::passt::{self, Passt};
+use super::ports::{self, PortError};
 use crate::journal::{Journal, Taken};
 use crate::network::cni::{self, Attachment, CniError, Outcome};
 use crate::network::egress::{self, Policy};
 use crate::network::look::{Interface, Seen};
 use crate::network::networks::{self, Network, NetworkError};
-use crate::network::wish::{self, Mac, Port, Wish};
+use crate::network::wish::{self, Mac, Wish};
 use crate::network::{self, NETNS, netns, tap, user};
 use crate::plan::{self, Limits};
 use casemate_protocol::netlink::Socket;
@@ -20,7 +22,7 @@ use casemate_protocol::{NAMES_PORT, agent as proto};
 use casemate_vmm::config::NetConfig;
 use oci_spec::runtime::{Mount, Spec};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -61,13 +63,11 @@ pub(super) enum NetworkFailure {
         source: io::Error,
     },
     /// A port of the host is somebody else's.
-    #[error("port {port} of the host can't be had")]
-    Port {
-        /// With its address and protocol.
-        port: String,
-        /// The cause.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// An internal network may have a way out.
+    #[error("can't keep the host from routing for internal networks")]
+    Seal(#[source] io::Error),
     /// The resolver.
     #[error("can't start the container's resolver")]
     Resolver(#[source] io::Error),
@@ -183,20 +183,16 @@ impl Attaching {
             return Self::of_user(bundle, &wish, bounds, launch);
         }
         let own = planned(id, &wish, netns, launch)?;
-        let ports = wish.ports.iter().map(reserve).collect::<Result<_, _>>()?;
+        let ports = wish
+            .ports
+            .iter()
+            .map(ports::keep)
+            .collect::<Result<_, _>>()?;
         let kept = Kept {
             _ports: ports,
             passt: None,
         };
-        let (ours, theirs) = UnixStream::pair().map_err(NetworkFailure::Resolver)?;
-        theirs
-            .set_nonblocking(true)
-            .map_err(NetworkFailure::Resolver)?;
-        let names = Names {
-            state_dir: launch.settings.state_dir.clone(),
-            wish: wish.clone(),
-        };
-        names::serve(names, ours.into()).map_err(NetworkFailure::Resolver)?;
+        let names = resolver(&wish, launch, Keeper::Us(netns.to_owned()))?;
         let journal = launch.journal.clone();
         let taken = Taken::Netns {
             path: netns.to_owned(),
@@ -215,17 +211,20 @@ impl Attaching {
 
         let (tell, told) = oneshot::channel();
         let (bundle, netns, policy) = (bundle.to_owned(), netns.to_owned(), wish.egress);
+        let networks = networks::dir_of(&launch.settings.data_dir);
         std::thread::spawn(move || {
             let _busy = BUSY.lock().unwrap_or_else(|e| e.into_inner());
             // Nobody listens if the guest failed in the meantime.
             if !tell.is_closed() {
-                let _ = tell.send(fill(&bundle, &netns, &own, policy.as_ref(), &journal));
+                let filled = fill(&bundle, &netns, &own, policy.as_ref(), &journal);
+                let sealed = filled.and_then(|told| seal(&networks).map(|()| told));
+                let _ = tell.send(sealed);
             }
         });
         Ok(Self {
             devices,
             kept,
-            names: Some(theirs.into()),
+            names: Some(names),
             told,
         })
     }
@@ -238,18 +237,34 @@ impl Attaching {
         launch: &Launch<'_>,
     ) -> Result<Self, NetworkFailure> {
         let mac = wish.attachments.first().map_or(Mac([2; 6]), |a| a.mac);
-        let (passt, tap) = Passt::start(launch.settings, wish, mac, bounds, launch.journal)?;
-        let result = serde_json::json!({"ips": [{
-            "address": format!("{}/{}", user::ADDRESS, user::PREFIX),
-            "gateway": user::GATEWAY,
-        }]});
+        let six = user::has_ipv6();
+        let mut published = wish.ports.iter();
+        published.try_for_each(|port| ports::can_be_had(port, six))?;
+        let (passt, tap, gate) =
+            Passt::start(launch.settings, wish, mac, six, bounds, launch.journal)?;
+        let names = resolver(wish, launch, Keeper::Holder(gate))?;
+        let ip = |ip: IpAddr, prefix, gateway: IpAddr| {
+            let address = format!("{ip}/{prefix}");
+            serde_json::json!({"address": address, "gateway": gateway})
+        };
+        let mut shown = vec![ip(user::ADDRESS.into(), user::PREFIX, user::GATEWAY.into())];
+        let mut ips = vec![user::ADDRESS.into()];
+        if six {
+            shown.push(ip(
+                user::ADDRESS6.into(),
+                user::PREFIX6,
+                user::GATEWAY6.into(),
+            ));
+            ips.push(user::ADDRESS6.into());
+        }
+        let result = serde_json::json!({ "ips": shown });
         let path = network::result_file(bundle, &wish::interface(0));
         std::fs::write(&path, result.to_string()).map_err(NetworkFailure::Journal)?;
         let (tell, told) = oneshot::channel();
         std::thread::spawn(move || {
             let told = passt.ready().map(|()| Told {
-                request: passt::request(mac),
-                ips: vec![IpAddr::V4(user::ADDRESS)],
+                request: passt::request(mac, six),
+                ips,
                 kept: Kept {
                     _ports: Vec::new(),
                     passt: Some(passt),
@@ -265,7 +280,7 @@ impl Attaching {
         Ok(Self {
             devices: vec![device],
             kept: Kept::default(),
-            names: None,
+            names: Some(names),
             told,
         })
     }
@@ -371,6 +386,23 @@ pub(super) fn add_to_hosts(
     }
 }
 
+/// Starts the sandbox's resolver and gives the guest's end of the stream to it.
+fn resolver(wish: &Wish, launch: &Launch<'_>, keeper: Keeper) -> Result<OwnedFd, NetworkFailure> {
+    let start = || {
+        let (ours, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
+        let named = wish.egress.as_ref().map(|policy| &policy.names[..]);
+        let names = Names {
+            state_dir: launch.settings.state_dir.clone(),
+            wish: wish.clone(),
+            gate: Gate::new(named.unwrap_or_default(), keeper),
+        };
+        names::serve(names, ours.into())?;
+        Ok(theirs.into())
+    };
+    start().map_err(NetworkFailure::Resolver)
+}
+
 /// The interfaces to make, from what the command line wrote.
 fn planned(
     id: &str,
@@ -397,46 +429,6 @@ fn planned(
         })
     };
     wish.attachments.iter().enumerate().map(plan).collect()
-}
-
-/// Takes a port of the host without serving it: plugins send on what comes for it, and wouldn't say that another
-/// container has it already.
-fn reserve(port: &Port) -> Result<OwnedFd, NetworkFailure> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
-    let take = |ip: IpAddr| -> io::Result<OwnedFd> {
-        let (family, kind) = (
-            if ip.is_ipv4() {
-                AddressFamily::INET
-            } else {
-                AddressFamily::INET6
-            },
-            if port.protocol == "udp" {
-                SocketType::DGRAM
-            } else {
-                SocketType::STREAM
-            },
-        );
-        let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
-        if ip.is_ipv6() {
-            sockopt::set_ipv6_v6only(&socket, port.host_ip.is_some())?;
-        }
-        bind(&socket, &SocketAddr::new(ip, port.host_port))?;
-        Ok(socket)
-    };
-    let taken = match port.host_ip {
-        Some(ip) => take(ip),
-        // A host without IPv6 has the other one.
-        None => match take(IpAddr::from([0; 16])) {
-            Err(e) if e.kind() != io::ErrorKind::AddrInUse => take(IpAddr::from([0; 4])),
-            taken => taken,
-        },
-    };
-    taken.map_err(|source| {
-        let ip = port.host_ip.unwrap_or(IpAddr::from([0; 4]));
-        let address = SocketAddr::new(ip, port.host_port);
-        let port = format!("{address}/{}", port.protocol);
-        NetworkFailure::Port { port, source }
-    })
 }
 
 /// Has the plugins do their work and joins what they made with the taps.
@@ -501,6 +493,17 @@ fn fill(
             source,
         }),
     }
+}
+
+/// Keeps the host from sending on what comes from bridges without a way out: they have no address, but who knows theirs
+/// on the link can still ask. After every start, as a network with a way out makes the host a router for all bridges.
+fn seal(networks: &Path) -> Result<(), NetworkFailure> {
+    let all = Network::all(networks)?;
+    let internal = all.iter().filter(|network| network.ours.internal);
+    internal
+        .filter_map(Network::bridge)
+        .try_for_each(tap::mute)
+        .map_err(NetworkFailure::Seal)
 }
 
 /// Joins an interface with the tap of that number.

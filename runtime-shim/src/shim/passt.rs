@@ -4,11 +4,13 @@ use super::bounds::Bounds;
 use super::network::NetworkFailure;
 use crate::fds;
 use crate::journal::Journal;
-use crate::network::user::{ADDRESS, GATEWAY, MTU, PREFIX, READY, arguments};
+use crate::network::user::{
+    ADDRESS, ADDRESS6, GATEWAY, GATEWAY6, MTU, PREFIX, PREFIX6, READY, arguments,
+};
 use crate::network::wish::{self, Mac, Wish};
 use crate::settings::Settings;
-use casemate_protocol::agent as proto;
 use casemate_protocol::text::printable_lines;
+use casemate_protocol::{NAMES_PORT, agent as proto};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
@@ -90,36 +92,40 @@ fn pair(kind: SocketType) -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Passt {
-    /// Starts both and gives the VMM's tap.
+    /// Starts both and gives the VMM's tap, and the socket over which the holder takes rules for names.
     pub(super) fn start(
         settings: &Settings,
         wish: &Wish,
         guest: Mac,
+        six: bool,
         bounds: &Bounds,
         journal: &Journal,
-    ) -> Result<(Self, OwnedFd), NetworkFailure> {
+    ) -> Result<(Self, OwnedFd, OwnedFd), NetworkFailure> {
         let failed = |source| NetworkFailure::User {
             message: "can't start its processes".to_owned(),
             source: Some(source),
         };
         let (control, theirs) = pair(SocketType::SEQPACKET).map_err(failed)?;
         let (relay, stream) = pair(SocketType::STREAM).map_err(failed)?;
+        let (gate, gates) = pair(SocketType::SEQPACKET).map_err(failed)?;
         let mut command = Command::new(&settings.shim);
         command.args(["--hold-network", &theirs.as_raw_fd().to_string()]);
-        command.args([relay.as_raw_fd().to_string(), guest.to_string()]);
+        command.args([&relay, &gates].map(|fd| fd.as_raw_fd().to_string()));
+        command.arg(guest.to_string());
         if let Some(policy) = &wish.egress {
             let policy = serde_json::to_string(policy).map_err(|e| failed(e.into()))?;
             command.arg(policy);
         }
         bounds.hold(&mut command);
-        let holder = Process::start(&mut command, &[&theirs, &relay], journal).map_err(failed)?;
-        drop((theirs, relay));
+        let holder =
+            Process::start(&mut command, &[&theirs, &relay, &gates], journal).map_err(failed)?;
+        drop((theirs, relay, gates));
         let tap = receive(&control).map_err(|source| NetworkFailure::User {
             message: holder.words(),
             source: Some(source),
         })?;
         let mut command = Command::new(settings.passt());
-        command.args(arguments(stream.as_raw_fd()));
+        command.args(arguments(stream.as_raw_fd(), &wish.ports, six));
         bounds.hold(&mut command);
         let passt = Process::start(&mut command, &[&stream], journal).map_err(|source| {
             NetworkFailure::User {
@@ -132,7 +138,7 @@ impl Passt {
             passt,
             control,
         };
-        Ok((both, tap))
+        Ok((both, tap, gate))
     }
 
     /// Waits until passt speaks.
@@ -197,28 +203,36 @@ fn receive(control: &OwnedFd) -> io::Result<OwnedFd> {
     ))
 }
 
-/// What the agent is told of it.
-pub(super) fn request(Mac(mac): Mac) -> proto::NetworkRequest {
+/// What the agent is told of it, with IPv6 if `six`.
+pub(super) fn request(Mac(mac): Mac, six: bool) -> proto::NetworkRequest {
     let name = wish::interface(0);
-    let address = proto::Address {
-        ip: ADDRESS.octets().to_vec(),
-        prefix: PREFIX.into(),
+    let address = |ip: &[u8], prefix: u8| proto::Address {
+        ip: ip.to_vec(),
+        prefix: prefix.into(),
         ..Default::default()
     };
+    let route = |any: &[u8], gateway: &[u8]| proto::Route {
+        destination: any.to_vec(),
+        gateway: gateway.to_vec(),
+        interface: name.clone(),
+        ..Default::default()
+    };
+    let mut addresses = vec![address(&ADDRESS.octets(), PREFIX)];
+    let mut routes = vec![route(&[0; 4], &GATEWAY.octets())];
+    if six {
+        addresses.push(address(&ADDRESS6.octets(), PREFIX6));
+        routes.push(route(&[0; 16], &GATEWAY6.octets()));
+    }
     proto::NetworkRequest {
         interfaces: vec![proto::Interface {
             device_mac: mac.to_vec(),
             name: name.clone(),
             mtu: MTU.into(),
-            addresses: vec![address],
+            addresses,
             ..Default::default()
         }],
-        routes: vec![proto::Route {
-            destination: vec![0; 4],
-            gateway: GATEWAY.octets().to_vec(),
-            interface: name,
-            ..Default::default()
-        }],
+        routes,
+        names_port: NAMES_PORT,
         ..Default::default()
     }
 }

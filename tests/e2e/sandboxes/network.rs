@@ -1,5 +1,8 @@
 //! Containers on networks.
 
+mod policy;
+mod user;
+
 use casemate_tests::Host;
 use casemate_tests::machine::{network_state as host_state, output, way_out};
 use std::process::Command;
@@ -143,6 +146,20 @@ fn published_port_is_the_hosts() {
     host.is_clean();
 }
 
+/// What a server of UDP says to a "ping"; empty: nothing, for long enough.
+fn datagram(address: &str) -> String {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a port");
+    let timeout = Some(std::time::Duration::from_millis(500));
+    socket.set_read_timeout(timeout).expect("set");
+    let mut buffer = [0; 64];
+    let mut answers = (0..60).map(|_| {
+        let _ = socket.send_to(b"ping", address);
+        let length = socket.recv(&mut buffer).unwrap_or(0);
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    });
+    answers.find(|said| !said.is_empty()).unwrap_or_default()
+}
+
 #[test]
 fn killed_sandbox_gives_its_network_back() {
     let _alone = alone();
@@ -253,59 +270,6 @@ fn host_without_plugins_says_what_to_install() {
     host.is_clean();
 }
 
-#[test]
-fn user_has_a_network_by_way_of_passt() {
-    let _alone = alone();
-    way_out();
-    let host = Host::with_images()
-        .configured("network = \"passt\"\n")
-        .of_user(65_534);
-    // Whoever runs the host's services, they are reached by the addresses of its own interfaces.
-    let listener = std::net::TcpListener::bind("192.0.2.2:0").expect("a port");
-    let port = listener.local_addr().expect("an address").port();
-    let server = std::thread::spawn(move || {
-        use std::io::{Read, Write};
-        let (mut stream, _) = listener.accept().expect("a connection");
-        let mut text = [0; 6];
-        stream.read_exact(&mut text).expect("read");
-        stream.write_all(b"from the host").expect("written");
-        text
-    });
-    let script = format!(
-        "ip -o addr show eth0; cat /etc/resolv.conf; (echo hello; sleep 3) | nc -w 20 192.0.2.2 {port}"
-    );
-    host.run(["busybox", "sh", "-c", &script])
-        .succeeds()
-        .mentions("10.189.0.2/24")
-        .mentions("nameserver 10.189.0.3")
-        .mentions("from the host");
-    assert_eq!(&server.join().expect("served"), b"hello\n");
-
-    host.casemate(["run", "-d", "-p", "18080:80", "busybox", "true"])
-        .ends_with(125)
-        .complains_of("network passt can't do that");
-    let long = ["run", "-d", "--name", "web", "busybox", "sleep", "1000"];
-    host.casemate(long).succeeds();
-    let passts = ["passt", "passt.avx2"].map(|name| host.processes(name));
-    for pid in passts.into_iter().flatten() {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    }
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    while !host.casemate(["ps", "-q"]).text().is_empty() {
-        assert!(std::time::Instant::now() < deadline, "passt was killed");
-    }
-    host.casemate([
-        "inspect",
-        "--format",
-        "{{.State.Status}} {{.State.Error}}",
-        "web",
-    ])
-    .succeeds()
-    .mentions("exited its network's process (passt) ended");
-    host.casemate(["rm", "web"]).succeeds();
-    host.is_clean();
-}
-
 /// A server of the host that answers every connection.
 struct Server {
     address: std::net::SocketAddr,
@@ -395,15 +359,7 @@ fn large_transfer_arrives_as_it_was_sent() {
         format!("{}:7777", address(&host, "echo")),
         "10.188.0.1:15353".to_owned(),
     ] {
-        let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a port");
-        let timeout = Some(std::time::Duration::from_millis(500));
-        socket.set_read_timeout(timeout).expect("set");
-        let mut buffer = [0; 64];
-        let mut answers = (0..60).map(|_| {
-            let _ = socket.send_to(b"ping", &to);
-            socket.recv(&mut buffer).unwrap_or(0)
-        });
-        assert!(answers.any(|length| length == 4), "{to}");
+        assert_eq!(datagram(&to), "ping", "{to}");
     }
     host.casemate(["rm", "-f", "echo"]).succeeds();
     host.is_clean();
@@ -424,72 +380,140 @@ fn asks(host: &Host, server: &Server, options: &[&str], before: &str, expected: 
 const HELLO: &str = "from the host\n";
 const REFUSED: &str = "no way\n";
 
-/// Metadata and policies, on a network whose containers reach the host at `server`.
-fn keeps_to_its_policy(host: &Host, server: &Server, metadata: &Server) {
-    asks(host, server, &[], "", HELLO);
-    asks(host, metadata, &[], "", REFUSED);
-    let allow = ["--egress-allow", "169.254.169.254"];
-    asks(host, metadata, &allow, "", HELLO);
-    asks(host, server, &allow, "", HELLO);
-    let deny = ["--egress", "deny"];
-    asks(host, server, &deny, "", REFUSED);
-    let exact = format!("{}/tcp", server.address);
-    let but = ["--egress", "deny", "--egress-allow", &exact];
-    asks(host, server, &but, "", HELLO);
-    let elsewhere = format!("{}/udp", server.address);
-    let but = ["--egress", "deny", "--egress-allow", &elsewhere];
-    asks(host, server, &but, "", REFUSED);
+/// The host has IPv6, at 2001:db8::2, for as long as this is there.
+struct Six;
+
+impl Six {
+    fn new() -> Self {
+        Self::all("add");
+        Self
+    }
+
+    fn all(verb: &str) {
+        for line in [
+            format!("ip -6 addr {verb} 2001:db8::2/64 dev out0 nodad"),
+            format!("ip -6 route {verb} default via 2001:db8::1 dev out0"),
+        ] {
+            let words: Vec<&str> = line.split(' ').collect();
+            let _ = Command::new(words[0]).args(&words[1..]).output();
+        }
+    }
+}
+
+impl Drop for Six {
+    fn drop(&mut self) {
+        Self::all("del");
+    }
 }
 
 #[test]
-fn policy_holds_on_a_bridge_whatever_the_guest_calls_itself() {
+fn network_with_ipv6_publishes_and_keeps_to_policies() {
     let _alone = alone();
     way_out();
-    let _ = Command::new("ip")
-        .args(["addr", "replace", "169.254.169.254/32", "dev", "out0"])
-        .output();
+    let _six = Six::new();
     let host = networked();
-    host.run(["busybox", "true"]).succeeds();
-    let before = host_state();
-    let (server, metadata) = (Server::at("10.188.0.1"), Server::at("169.254.169.254"));
-    keeps_to_its_policy(&host, &server, &metadata);
-    // What comes in is answered.
-    serve(&host, "web", &["--egress", "deny", "-p", "18080:8080"]);
-    assert_eq!(answer("127.0.0.1:18080"), "web\n");
-    host.casemate(["rm", "-f", "web"]).succeeds();
-
-    let but = format!("{}/tcp", server.address);
-    let options = [
-        "--cap-add",
-        "NET_ADMIN",
-        "--cap-add",
-        "NET_RAW",
+    let create = [
+        "network",
+        "create",
+        "--ipv6",
+        "--subnet",
+        "10.77.6.0/24",
+        "--subnet",
+        "fd77:6::/64",
+        "six",
+    ];
+    host.casemate(create).succeeds();
+    serve(
+        &host,
+        "web",
+        &[
+            "--network",
+            "six",
+            "--ip6",
+            "fd77:6::77",
+            "-p",
+            "18080:8080",
+        ],
+    );
+    for address in [
+        "[fd77:6::77]:8080",
+        "[2001:db8::2]:18080",
+        "127.0.0.1:18080",
+    ] {
+        assert_eq!(answer(address), "web\n", "{address}");
+    }
+    for (network, address, complaint) in [
+        ("bridge", "[2001:db8::2]", "network bridge has no IPv6"),
+        ("six", "[::1]", "Linux sends nothing on from there"),
+    ] {
+        let port = format!("{address}:18081:8080");
+        host.run(["--network", network, "-p", &port, "busybox", "true"])
+            .ends_with(125)
+            .complains_of(complaint);
+    }
+    let get = "(sleep 2; echo) | nc -w 6 fd77:6::77 8080 || echo no way";
+    let asks = |options: &[&str], expected: &str| {
+        let options = [
+            &["--network", "six"],
+            options,
+            &["busybox", "sh", "-c", get],
+        ]
+        .concat();
+        host.run(options).prints(expected);
+    };
+    asks(&[], "web\n");
+    asks(&["--egress", "deny"], "no way\n");
+    let allow = [
         "--egress",
         "deny",
+        "--egress-allow",
+        "[fd77:6::77]:8080/tcp",
     ];
-    let rename = "ip addr flush dev eth0; ip addr add 10.188.0.99/24 dev eth0;";
-    let allowed = [&options[..], &["--egress-allow", but.as_str()]].concat();
-    asks(&host, &server, &allowed, ":;", HELLO);
-    asks(&host, &server, &allowed, rename, REFUSED);
-    let tagged = "ip link add link eth0 name eth0.5 type vlan id 5; ip link set eth0.5 up;";
-    asks(&host, &server, &options, tagged, REFUSED);
-    let links = |state: &str| state.lines().last().map(str::to_owned);
-    assert_eq!(links(&host_state()), links(&before));
+    asks(&allow, "web\n");
+    host.casemate(["rm", "-f", "web"]).succeeds();
+    host.casemate(["network", "rm", "six"]).succeeds();
     host.is_clean();
 }
 
 #[test]
-fn policy_holds_for_a_user() {
+fn internal_network_leads_nowhere() {
     let _alone = alone();
     way_out();
-    let _ = Command::new("ip")
-        .args(["addr", "replace", "169.254.169.254/32", "dev", "out0"])
-        .output();
-    let host = Host::with_images()
-        .configured("network = \"passt\"\n")
-        .of_user(65_534);
-    let (server, metadata) = (Server::at("192.0.2.2"), Server::at("169.254.169.254"));
-    keeps_to_its_policy(&host, &server, &metadata);
+    let host = networked();
+    host.casemate([
+        "network",
+        "create",
+        "--internal",
+        "--subnet",
+        "10.77.7.0/24",
+        "inside",
+    ])
+    .succeeds();
+    // A bridge with a way out, which makes the host a router.
+    serve(&host, "outside", &["--ip", "10.188.0.99"]);
+    serve(&host, "web", &["--network", "inside", "--ip", "10.77.7.77"]);
+    let (server, hello) = (Server::at("192.0.2.2"), "nc -w 20 10.77.7.77 8080;");
+    let inside = ["--network", "inside"];
+    asks(&host, &server, &inside, hello, "web\nno way\n");
+    // Nor for one who knows where the bridge is.
+    let options = [&inside[..], &["--cap-add", "NET_ADMIN"]].concat();
+    let forced = "ip route add default via 10.77.7.77 dev eth0;";
+    asks(&host, &server, &options, forced, REFUSED);
+    let bridge = host.casemate(["network", "inspect", "inside", "--format", "{{.Bridge}}"]);
+    let bridge = bridge.succeeds().text();
+    let mac = output(&format!("cat /sys/class/net/{}/address", bridge.trim()));
+    let script = format!(
+        "ip neigh add 10.77.7.1 lladdr {} dev eth0; ip route add default via 10.77.7.1 dev eth0; \
+         ping -c 3 -w 6 10.188.0.99 | grep received",
+        mac.trim()
+    );
+    let heard = || host.casemate(["exec", "outside", "grep", "^Icmp:", "/proc/net/snmp"]);
+    let before = heard().succeeds().text();
+    let options = [&options[..], &["busybox", "sh", "-c", &script]].concat();
+    host.run(options).mentions(" 0 packets received");
+    heard().prints(&before);
+    host.casemate(["rm", "-f", "web", "outside"]).succeeds();
+    host.casemate(["network", "rm", "inside"]).succeeds();
     host.is_clean();
 }
 
