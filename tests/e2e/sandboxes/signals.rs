@@ -49,7 +49,8 @@ fn workload_deaf_to_signals_is_killed_at_the_third() {
     run.prints("up");
     for _ in 0..3 {
         run.gets(Signal::TERM);
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        // Time to take each: two that wait together become one.
+        std::thread::sleep(std::time::Duration::from_secs(1));
     }
     run.ends().ends_with(137);
     host.is_clean();
