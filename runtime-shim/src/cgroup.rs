@@ -38,10 +38,8 @@ pub fn path_for(id: &str, dir: Option<&Path>) -> Option<PathBuf> {
 }
 
 fn random() -> u32 {
-    let mut bytes = [0; 4];
     // Without any the name is what it is.
-    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    u32::from_ne_bytes(bytes)
+    u32::from_ne_bytes(crate::random::bytes().unwrap_or_default())
 }
 
 fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> io::Error {

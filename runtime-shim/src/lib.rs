@@ -18,6 +18,7 @@ pub mod log;
 pub mod network;
 pub mod paths;
 pub mod plan;
+pub mod random;
 pub mod restart;
 pub mod rpc;
 pub mod scratch;

@@ -18,6 +18,8 @@ use casemate_protocol::agent::Mount as AgentMount;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
+/// A config.json beyond this doesn't fit into a message to the agent.
+pub const MAX_SPEC: u64 = 2 << 20;
 /// Holds the user as an image's config names it: "name|uid[:group|gid]".
 pub const USER_ANNOTATION: &str = "io.casemate.user";
 /// What the guest's kernel and agent take before the container gets anything: added to `--memory`.

@@ -245,9 +245,7 @@ pub(super) fn labels(given: &[String]) -> anyhow::Result<Vec<(String, String)>> 
 
 /// A container's or process's id.
 pub(super) fn new_id() -> anyhow::Result<String> {
-    let mut bytes = [0u8; 32];
-    let flags = rustix::rand::GetRandomFlags::empty();
-    rustix::rand::getrandom(&mut bytes, flags).context("no random numbers")?;
+    let bytes: [u8; 32] = crate::random::bytes().context("no random numbers")?;
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }
 

@@ -5,6 +5,8 @@ use super::{ADDRESS, bundle, state};
 use crate::fds;
 use crate::files;
 use crate::journal::Taken;
+use crate::plan::MAX_SPEC;
+use crate::random;
 use crate::rpc::is_identifier;
 use crate::settings::Settings;
 use crate::state::{SandboxDir, StateRoot};
@@ -19,8 +21,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// As the Task service reads it.
-const MAX_SPEC: u64 = 2 << 20;
 /// Where containerd forwards events to; set by it.
 const EVENTS: &str = "TTRPC_ADDRESS";
 /// containerd's FIFO for what a shim has to say, in the bundle.
@@ -94,9 +94,8 @@ fn address_of(root: &StateRoot, sandbox: &str) -> anyhow::Result<String> {
 fn socket_path(settings: &Settings) -> anyhow::Result<PathBuf> {
     let dir = settings.state_dir.join(SOCKETS);
     std::fs::create_dir_all(&dir).with_context(|| format!("can't make {}", dir.display()))?;
-    let mut bytes = [0; 8];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(dir.join(format!("{:016x}", u64::from_ne_bytes(bytes))))
+    let number = u64::from_ne_bytes(random::bytes()?);
+    Ok(dir.join(format!("{number:016x}")))
 }
 
 /// The FIFO that containerd reads. Open for reading, too: so it has a reader even while containerd is away, and a

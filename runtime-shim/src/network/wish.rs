@@ -110,8 +110,7 @@ impl<'de> Deserialize<'de> for Mac {
 impl Mac {
     /// A new one: locally administered, of a single machine.
     pub fn random() -> std::io::Result<Self> {
-        let mut bytes = [0; 6];
-        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        let mut bytes: [u8; 6] = crate::random::bytes()?;
         bytes[0] = bytes[0] & 0xfc | 2;
         Ok(Self(bytes))
     }

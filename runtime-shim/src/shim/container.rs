@@ -11,7 +11,7 @@ use super::vm::VmError;
 use crate::fds;
 use crate::files;
 use crate::journal::Journal;
-use crate::plan::{self, Host, Limits, Plan, PlanError, RootfsMount};
+use crate::plan::{self, Host, Limits, MAX_SPEC, Plan, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
@@ -23,8 +23,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::Interest;
 
-/// A config.json beyond this doesn't fit into a message to the agent.
-const MAX_SPEC: u64 = 2 << 20;
 /// As the agent accepts it.
 const MAX_FILE: u64 = 1 << 20;
 /// Processes added to one container.

@@ -10,6 +10,7 @@ use super::vm::{Ended, Vm, VmError};
 use crate::fds;
 use crate::journal::Journal;
 use crate::plan::Plan;
+use crate::random;
 use crate::settings::Settings;
 use casemate_protocol::{CONTROL_PORT, FIRST_STREAM_PORT, GUEST_CID, NAMES_PORT, agent as proto};
 use casemate_vmm::config::{Confinement, VmConfig, VsockConfig, VsockPort};
@@ -140,9 +141,7 @@ impl FirstStreams {
 
 /// One of two thousand million ports, none of them a first stream's.
 fn unguessable_port() -> Result<u32, VmError> {
-    let mut bytes = [0; 4];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| VmError::Random(e.to_string()))?;
+    let bytes = random::bytes().map_err(|e| VmError::Random(e.to_string()))?;
     Ok(u32::from_ne_bytes(bytes) | 1 << 31)
 }
 

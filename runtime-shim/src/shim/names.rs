@@ -244,8 +244,7 @@ async fn ask(resolver: IpAddr, message: &[u8]) -> io::Result<Vec<u8>> {
     let socket = UdpSocket::bind(any).await?;
     socket.connect((resolver, 53)).await?;
     // Not to be guessed by one who would answer in the resolver's place.
-    let mut id = [0; 2];
-    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    let id: [u8; 2] = crate::random::bytes()?;
     let mut question = message.to_vec();
     question[..2].copy_from_slice(&id);
     socket.send(&question).await?;
