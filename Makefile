@@ -67,7 +67,7 @@ lint: setup-test
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
-	shellcheck -s sh tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
+	shellcheck -s sh tests/take-tests tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
 	shellcheck docs/ci/casemate-job docs/ci/gitlab/config docs/ci/gitlab/prepare docs/ci/gitlab/run docs/ci/gitlab/cleanup
 	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
 
