@@ -9,6 +9,7 @@
 //! | `container` | spec to processes: plan, fork, the child's way, mounts |
 //! | `cgroup`, `seccomp` | limits and filters |
 //! | `conn`, `pump`, `control` | streams to the host |
+//! | `forward` | connections of the host to the guest's loopback |
 //! | `network`, `names` | interfaces, addresses, routes; the containers' resolver |
 //! | `reaper`, `boot` | PID 1's duties |
 
@@ -19,6 +20,7 @@ mod conn;
 mod container;
 mod control;
 mod error;
+mod forward;
 mod names;
 mod network;
 mod pump;
