@@ -88,10 +88,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
     })
 }
 
-/// `--share PATH --place DIR --virtiofsd PATH --listen-fd N [--read-only]`
+/// `--share PATH --place DIR --virtiofsd PATH --listen-fd N [--read-only] [--read-only-base]`
 fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<ServeShare> {
     let (mut source, mut place, mut virtiofsd) = (None, None, None);
-    let (mut listener, mut read_only) = (None, false);
+    let (mut listener, mut read_only, mut read_only_base) = (None, false, false);
     while let Some(arg) = args.next() {
         let arg = arg.to_string_lossy().into_owned();
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -101,6 +101,7 @@ fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Serve
             "--virtiofsd" => virtiofsd = Some(PathBuf::from(value()?)),
             "--listen-fd" => listener = Some(descriptor(&arg, &value()?.to_string_lossy())?),
             "--read-only" => read_only = true,
+            "--read-only-base" => read_only_base = true,
             other => bail!("unknown argument {other:?}"),
         }
     }
@@ -110,6 +111,7 @@ fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Serve
         place: place.context("--place is missing")?,
         listener: listener.context("--listen-fd is missing")?,
         read_only,
+        read_only_base,
     })
 }
 

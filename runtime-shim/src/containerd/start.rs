@@ -6,7 +6,7 @@ use super::{ADDRESS, bundle, state};
 use crate::fds;
 use crate::files;
 use crate::journal::Taken;
-use crate::plan::MAX_SPEC;
+use crate::plan::{MAX_SPEC, Role};
 use crate::random;
 use crate::rpc::is_identifier;
 use crate::settings::Settings;
@@ -54,16 +54,16 @@ fn shim_for(args: &Args, said: &Bootstrap) -> anyhow::Result<String> {
     let root = state(&settings, args)?;
     let bundle = bundle()?;
     if let Some(sandbox) = sandbox_of(&bundle)?.filter(|sandbox| *sandbox != args.id) {
-        return address_of(&root, &sandbox);
+        let address = address_of(&root, &sandbox)?;
+        leave_address(&bundle, &address)?;
+        return Ok(address);
     }
     // What others left is theirs to tell; here it must not be in the way.
     let _ = root.reclaim_dead()?;
     let dir = root.create_unnamed(&args.id)?;
     match serve(&settings, args, &dir, said, config) {
         Ok(address) => {
-            // containerd 1.6 reads it after a restart.
-            files::replace(&bundle.join(ADDRESS), address.as_bytes())
-                .context("can't write the shim's address into the bundle")?;
+            leave_address(&bundle, &address)?;
             Ok(address)
         }
         Err(error) => {
@@ -107,18 +107,18 @@ fn sandbox_of(bundle: &Path) -> anyhow::Result<Option<String>> {
         files::read(&path, MAX_SPEC).with_context(|| format!("can't read {}", path.display()))?;
     let Annotated { annotations } = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not an OCI runtime spec", path.display()))?;
-    let value = |keys: [&str; 2]| keys.iter().find_map(|key| annotations.get(*key)).cloned();
-    let kind = value([
-        "io.kubernetes.cri.container-type",
-        "io.kubernetes.cri-o.ContainerType",
-    ]);
-    Ok(match kind.as_deref() {
-        Some("container") => value([
-            "io.kubernetes.cri.sandbox-id",
-            "io.kubernetes.cri-o.SandboxID",
-        ]),
-        _ => None,
-    })
+    Ok(
+        match Role::of(|key| annotations.get(key).map(String::as_str)) {
+            Role::Member(sandbox) => Some(sandbox),
+            Role::Alone | Role::Sandbox => None,
+        },
+    )
+}
+
+/// containerd 1.6 reads it after a restart.
+fn leave_address(bundle: &Path, address: &str) -> anyhow::Result<()> {
+    files::replace(&bundle.join(ADDRESS), address.as_bytes())
+        .context("can't write the shim's address into the bundle")
 }
 
 fn address_of(root: &StateRoot, sandbox: &str) -> anyhow::Result<String> {
