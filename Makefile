@@ -67,7 +67,7 @@ lint: setup-test
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
-	shellcheck -s sh tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
+	shellcheck -s sh tests/take-tests tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
 	shellcheck -s sh tests/conformance/deploy tests/conformance/images tests/conformance/on-host tests/conformance/run tests/conformance/summary tests/conformance/tools
 	shellcheck runtime-shim/deploy/install
 	test -z "$$(PATH=$$PATH:/usr/local/go/bin gofmt -l tests/conformance)"

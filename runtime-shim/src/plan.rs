@@ -5,17 +5,19 @@
 
 mod limits;
 mod outside;
+mod pod;
 #[cfg(test)]
 mod tests;
 
 pub use limits::{Limits, NETWORK_RATE, asks_for_fixed, cpus as processor_list, rate};
 pub use outside::{COPY_UP, SHARED_FILE};
+pub use pod::{Joins, POD_SHARE, Place, Placed, ReadOnly, Role, What};
 
 use crate::shim::timing;
 use crate::size::MIB;
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
 /// A config.json beyond this doesn't fit into a message to the agent.
@@ -34,6 +36,8 @@ pub const MIN_MEMORY: u64 = 6 * MIB;
 pub const MAX_VCPUS: u32 = 32;
 /// Mounts in a rootfs: more is no snapshotter's doing.
 const MAX_MOUNTS: usize = 16;
+/// The first container's directory in its pod's share.
+pub const FIRST_PLACE: &str = "c0";
 /// Files laid end to end on one disk: layers of an image and their metadata.
 const MAX_SEGMENTS: usize = 512;
 
@@ -109,6 +113,8 @@ pub struct Share {
     pub source: PathBuf,
     /// Whether nothing of it may be changed.
     pub read_only: bool,
+    /// It is a pod's: what its containers need is put into it later.
+    pub is_pods: bool,
 }
 
 /// What is at a path of the host.
@@ -131,6 +137,25 @@ pub fn look(path: &Path) -> Found {
     }
 }
 
+/// Everything decided about a container in its guest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inside {
+    /// What the agent mounts, in order.
+    pub mounts: Vec<AgentMount>,
+    /// The container's root in the guest.
+    pub rootfs: String,
+    /// The spec as the guest shall apply it.
+    pub guest_spec: Spec,
+    /// What `guest_spec` expects to find in the guest.
+    pub files: Vec<CopiedFile>,
+    /// The user as an image's config names it, to be looked up in the container; empty: as in the spec.
+    pub user: String,
+    /// What is put into the pod's share for it.
+    pub placed: Vec<Placed>,
+    /// The end of its first process isn't that of the others.
+    pub shares_pids: bool,
+}
+
 /// Everything decided about a sandbox and its first container.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -142,16 +167,10 @@ pub struct Plan {
     pub disks: Vec<Disk>,
     /// What of the host the guest sees.
     pub shares: Vec<Share>,
-    /// What the agent mounts, in order.
-    pub mounts: Vec<AgentMount>,
-    /// The container's root in the guest.
-    pub rootfs: String,
-    /// The spec as the guest shall apply it.
-    pub guest_spec: Spec,
-    /// What `guest_spec` expects to find in the guest.
-    pub files: Vec<CopiedFile>,
-    /// The user as an image's config names it, to be looked up in the container; empty: as in the spec.
-    pub user: String,
+    /// The container.
+    pub inside: Inside,
+    /// The namespaces that the spec names, if it is a pod's sandbox.
+    pub pod: Option<Vec<LinuxNamespace>>,
     /// More for the guest kernel's command line.
     pub kernel_args: &'static str,
     /// The network namespace whose interfaces the guest gets; `None`: it has no network.
@@ -274,6 +293,27 @@ pub enum PlanError {
     /// Too many volumes.
     #[error("at most {0} volumes fit into this sandbox")]
     Disks(usize),
+    /// A member of a pod comes first.
+    #[error("container belongs into the sandbox {0:?}, which does not run here")]
+    NoSandbox(String),
+    /// A disk for a guest that runs.
+    #[error(
+        "a container that joins a pod can't have disks: its root must be an overlay or a bind of directories, and it can have no volumes"
+    )]
+    MemberDisks,
+    /// A namespace of the host's.
+    #[error("the host's {0} namespace can't be had in a VM")]
+    HostNamespace(LinuxNamespaceType),
+    /// A namespace that isn't the pod's.
+    #[error(
+        "the {kind} namespace {path:?} is not that of the container's sandbox, and no other can be joined"
+    )]
+    Namespace {
+        /// Its kind.
+        kind: LinuxNamespaceType,
+        /// From the spec.
+        path: PathBuf,
+    },
     /// A source that is no absolute path.
     #[error("rootfs mount {index}: {source_path:?} is not an absolute path")]
     Source {
@@ -297,40 +337,118 @@ pub fn plan(
     defaults: Defaults,
     look: fn(&Path) -> Found,
 ) -> Result<Plan, PlanError> {
-    let Storage {
-        mut disks,
-        mut shares,
-        mut mounts,
-    } = storage(id, rootfs)?;
-    let root = mounts
-        .last()
-        .map(|m| m.target.clone())
-        .ok_or(PlanError::MountCount(0))?;
-    let outside = outside::outside(id, bundle, spec, disks.len(), look)?;
-    disks.extend(outside.disks);
-    mounts.extend(outside.mounts);
-    shares.extend(outside.shares);
-    let (memory_mib, vcpus) = sizes(spec, host, defaults)?;
-    let mut guest_spec = outside.spec;
-    limits::without_hosts(&mut guest_spec);
+    let role = Role::of(|key| annotation(spec, key));
+    if let Role::Member(sandbox) = role {
+        return Err(PlanError::NoSandbox(sandbox));
+    }
+    let place = (role == Role::Sandbox).then_some(Place {
+        sandbox: id,
+        directory: FIRST_PLACE,
+        joins: None,
+    });
+    let gathered = gather(id, bundle, spec, rootfs, place.as_ref(), look)?;
+    let size = pod_size(spec, role == Role::Sandbox);
+    let sized = size.as_ref().unwrap_or(spec);
+    let (memory_mib, vcpus) = sizes(sized, host, defaults)?;
     Ok(Plan {
         memory_mib,
         vcpus,
-        disks,
-        shares,
-        mounts,
-        rootfs: root,
-        guest_spec,
-        files: outside.files,
-        user: annotation(spec, USER_ANNOTATION)
-            .unwrap_or_default()
-            .to_owned(),
+        disks: gathered.disks,
+        shares: gathered.shares,
+        inside: gathered.inside,
+        pod: place.map(|_| pod::namespaces(spec)),
         kernel_args: match annotation(spec, timing::ANNOTATION) {
             Some(timing::INITCALLS) => "initcall_debug loglevel=8",
             _ => "",
         },
         netns: netns(spec),
-        limits: limits::limits(spec)?,
+        limits: limits::limits(sized)?,
+    })
+}
+
+/// Decides everything about container `id`, which joins a pod.
+pub fn join(
+    id: &str,
+    bundle: &Path,
+    spec: &Spec,
+    rootfs: &[RootfsMount],
+    place: &Place<'_>,
+    look: fn(&Path) -> Found,
+) -> Result<Inside, PlanError> {
+    let gathered = gather(id, bundle, spec, rootfs, Some(place), look)?;
+    match gathered.disks.is_empty() && gathered.shares.is_empty() {
+        true => Ok(gathered.inside),
+        false => Err(PlanError::MemberDisks),
+    }
+}
+
+/// A container, and what its sandbox must have for it from the start.
+struct Gathered {
+    inside: Inside,
+    disks: Vec<Disk>,
+    shares: Vec<Share>,
+}
+
+fn gather(
+    id: &str,
+    bundle: &Path,
+    spec: &Spec,
+    rootfs: &[RootfsMount],
+    place: Option<&Place<'_>>,
+    look: fn(&Path) -> Found,
+) -> Result<Gathered, PlanError> {
+    let placed = match place {
+        Some(place) => place.root(bundle, spec, rootfs)?,
+        None => None,
+    };
+    let (storage, root) = match (place, &placed) {
+        (Some(place), Some(root)) => (Storage::default(), place.path(id, &root.name)),
+        _ => {
+            let storage = storage(id, rootfs)?;
+            let root = storage.mounts.last().map(|m| m.target.clone());
+            (storage, root.ok_or(PlanError::MountCount(0))?)
+        }
+    };
+    let Storage {
+        mut disks,
+        mut shares,
+        mut mounts,
+    } = storage;
+    if let Some(place) = place {
+        mounts.splice(0..0, place.mounts(id));
+        if place.joins.is_none() {
+            shares.push(Share {
+                tag: POD_SHARE.to_owned(),
+                source: PathBuf::from(POD_SHARE),
+                read_only: false,
+                is_pods: true,
+            });
+        }
+    }
+    let outside = outside::outside(id, bundle, spec, disks.len(), place, look)?;
+    disks.extend(outside.disks);
+    mounts.extend(outside.mounts);
+    shares.extend(outside.shares);
+    let mut inside = Inside {
+        mounts,
+        rootfs: root,
+        guest_spec: outside.spec,
+        files: outside.files,
+        user: annotation(spec, USER_ANNOTATION)
+            .unwrap_or_default()
+            .to_owned(),
+        placed: placed.into_iter().chain(outside.placed).collect(),
+        shares_pids: false,
+    };
+    limits::without_hosts(&mut inside.guest_spec);
+    match place {
+        Some(place) => pod::settle(&mut inside, place.joins)?,
+        None => without_netns(&mut inside.guest_spec),
+    }
+    Ok(Gathered {
+        inside,
+        disks,
+        shares,
     })
 }
 
@@ -374,6 +492,38 @@ pub fn file_target(id: &str, index: usize) -> String {
 pub fn guest_mib(limit: u64) -> u64 {
     let mib = limit.div_ceil(MIB);
     mib + GUEST_BASE_MIB + mib / PAGE_TABLE_SHARE
+}
+
+/// What the CRI says of a pod's size, as the resources of a spec; `None`: nothing.
+fn pod_size(spec: &Spec, is_pod: bool) -> Option<Spec> {
+    let number = |key: &str| {
+        annotation(spec, key)?
+            .parse::<i64>()
+            .ok()
+            .filter(|n| *n > 0)
+    };
+    if !is_pod {
+        return None;
+    }
+    let memory = number("io.kubernetes.cri.sandbox-memory");
+    let quota = number("io.kubernetes.cri.sandbox-cpu-quota");
+    let period = number("io.kubernetes.cri.sandbox-cpu-period");
+    let shares = number("io.kubernetes.cri.sandbox-cpu-shares");
+    let mut sized = spec.clone();
+    let linux = sized.linux_mut().get_or_insert_default();
+    let resources = linux.resources_mut().get_or_insert_default();
+    if memory.is_some() {
+        resources
+            .memory_mut()
+            .get_or_insert_default()
+            .set_limit(memory);
+    }
+    let cpu = resources.cpu_mut().get_or_insert_default();
+    // Those of its first container are not the pod's.
+    cpu.set_quota(quota);
+    cpu.set_period(period.map(i64::unsigned_abs));
+    cpu.set_shares(shares.map(i64::unsigned_abs));
+    Some(sized)
 }
 
 fn memory_mib(spec: &Spec, host: Host, defaults: Defaults) -> Result<u32, PlanError> {
@@ -427,6 +577,7 @@ fn vcpus(spec: &Spec, host: Host, defaults: Defaults) -> Result<u8, PlanError> {
 }
 
 /// What a rootfs comes to.
+#[derive(Default)]
 struct Storage {
     disks: Vec<Disk>,
     shares: Vec<Share>,
@@ -460,6 +611,7 @@ fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<Storage, PlanError> {
                     tag: ROOT_SHARE.to_owned(),
                     source: absolute(index, &mount.source)?,
                     read_only: false,
+                    is_pods: false,
                 });
                 (ROOT_SHARE.to_owned(), Vec::new())
             }

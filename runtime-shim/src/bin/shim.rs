@@ -46,11 +46,11 @@ fn main() -> ExitCode {
 }
 
 /// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--hold-fd N] [--discard] [--unattended POLICY] [--log BYTES:FILES]
-/// [--engine NAMESPACE EVENTS]`
+/// [--engine NAMESPACE EVENTS] [--config FILE]`
 fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
     let (mut dir, mut listener, mut lock) = (None, None, None);
     let (mut lifeline, mut console, mut discard, mut engine) = (None, None, false, None);
-    let (mut unattended, mut log, mut held) = (None, None, Vec::new());
+    let (mut unattended, mut log, mut config, mut held) = (None, None, None, Vec::new());
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -61,6 +61,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
             "--lifeline-fd" => lifeline = Some(descriptor(&arg, &value()?)?),
             "--console-fd" => console = Some(descriptor(&arg, &value()?)?),
             "--hold-fd" => held.push(descriptor(&arg, &value()?)?),
+            "--config" => config = Some(PathBuf::from(value()?)),
             "--discard" => discard = true,
             "--unattended" => unattended = Some(value()?.parse()?),
             "--engine" => {
@@ -82,14 +83,15 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
         unattended,
         log,
         engine,
+        config,
         held,
     })
 }
 
-/// `--share PATH --place DIR --virtiofsd PATH --listen-fd N [--read-only]`
+/// `--share PATH --place DIR --virtiofsd PATH --listen-fd N [--read-only] [--read-only-base]`
 fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<ServeShare> {
     let (mut source, mut place, mut virtiofsd) = (None, None, None);
-    let (mut listener, mut read_only) = (None, false);
+    let (mut listener, mut read_only, mut read_only_base) = (None, false, false);
     while let Some(arg) = args.next() {
         let arg = arg.to_string_lossy().into_owned();
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -99,6 +101,7 @@ fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Serve
             "--virtiofsd" => virtiofsd = Some(PathBuf::from(value()?)),
             "--listen-fd" => listener = Some(descriptor(&arg, &value()?.to_string_lossy())?),
             "--read-only" => read_only = true,
+            "--read-only-base" => read_only_base = true,
             other => bail!("unknown argument {other:?}"),
         }
     }
@@ -108,6 +111,7 @@ fn parse_share(mut args: impl Iterator<Item = OsString>) -> anyhow::Result<Serve
         place: place.context("--place is missing")?,
         listener: listener.context("--listen-fd is missing")?,
         read_only,
+        read_only_base,
     })
 }
 

@@ -39,7 +39,7 @@ pub fn prepare(
             std::fs::read_dir(root).map_err(failed)?;
             return Ok(vec![shared()]);
         }
-        [mount] if is_of_directories(mount) => mount,
+        [mount] if mount.is_of_directories() => mount,
         _ => return Ok(mounts),
     };
     let made = || {
@@ -68,15 +68,8 @@ pub fn release(journal: &Journal) {
     }
 }
 
-fn is_of_directories(mount: &RootfsMount) -> bool {
-    match mount.kind.as_str() {
-        "overlay" => !mount.options.iter().any(|o| o.contains("{{")),
-        "bind" => true,
-        _ => false,
-    }
-}
-
-fn mount_on(mount: &RootfsMount, target: &Path) -> io::Result<()> {
+/// Makes one mount.
+pub fn mount_on(mount: &RootfsMount, target: &Path) -> io::Result<()> {
     let (flags, data) = split(&mount.options);
     let data = CString::new(data)?;
     if mount.kind == "bind" {

@@ -5,7 +5,8 @@
 //! In the spec a volume is a mount of an ext4 image, as mount(8) would take it: type `ext4`, the image as the source.
 //! The guest gets the image as a disk; what the container sees is the directory `data` in it.
 
-use super::{CopiedFile, Disk, Found, PlanError, Share, file_target, without_netns};
+use super::pod::{self, Place, Placed};
+use super::{CopiedFile, Disk, Found, PlanError, Share, file_target};
 use casemate_protocol::GUEST_RUN_DIR;
 use casemate_protocol::agent::Mount as AgentMount;
 use oci_spec::runtime::{Mount, Spec};
@@ -31,6 +32,8 @@ pub(super) struct Outside {
     pub(super) shares: Vec<Share>,
     /// What the agent mounts of disks and shares.
     pub(super) mounts: Vec<AgentMount>,
+    /// What is put into the pod's share.
+    pub(super) placed: Vec<Placed>,
 }
 
 /// What is being gathered.
@@ -43,14 +46,18 @@ struct Gathered<'a> {
     /// With the agent's mount of each.
     disks: Vec<(Disk, AgentMount)>,
     shares: Vec<(Share, AgentMount)>,
+    place: Option<&'a Place<'a>>,
+    placed: Vec<Placed>,
 }
 
-/// Takes a spec's mounts apart. `before` disks come before those found here.
+/// Takes a spec's mounts apart. `before` disks come before those found here. In a pod no
+/// share is made: what would be one has its `place` in the pod's.
 pub(super) fn outside(
     id: &str,
     bundle: &Path,
     spec: &Spec,
     before: usize,
+    place: Option<&Place<'_>>,
     look: fn(&Path) -> Found,
 ) -> Result<Outside, PlanError> {
     let mut all = Gathered {
@@ -61,6 +68,8 @@ pub(super) fn outside(
         files: Vec::new(),
         disks: Vec::new(),
         shares: Vec::new(),
+        place,
+        placed: Vec::new(),
     };
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for (index, mount) in mounts.iter_mut().enumerate() {
@@ -72,7 +81,6 @@ pub(super) fn outside(
     }
     let mut spec = spec.clone();
     spec.set_mounts(Some(mounts));
-    without_netns(&mut spec);
     let (disks, of_disks): (Vec<_>, Vec<_>) = all.disks.into_iter().unzip();
     let (shares, of_shares): (Vec<_>, Vec<_>) = all.shares.into_iter().unzip();
     Ok(Outside {
@@ -81,6 +89,7 @@ pub(super) fn outside(
         disks,
         shares,
         mounts: of_disks.into_iter().chain(of_shares).collect(),
+        placed: all.placed,
     })
 }
 
@@ -113,6 +122,12 @@ impl Gathered<'_> {
     /// A file of the bundle, or a share.
     fn bind(&mut self, index: usize, mount: &mut Mount) -> Result<(), PlanError> {
         let source = mount.source().clone().unwrap_or_default();
+        if let Some(place) = self.place
+            && pod::is_shm(mount.destination(), &source)?
+        {
+            bind_in_guest(mount, place.shm(), &["bind", "rbind", "rw"]);
+            return Ok(());
+        }
         let in_bundle = source
             .strip_prefix(self.bundle)
             .is_ok_and(|rest| rest.components().all(|c| matches!(c, Component::Normal(_))));
@@ -131,6 +146,19 @@ impl Gathered<'_> {
                 destination: mount.destination().clone(),
                 source_path: source,
             });
+        }
+        if let Some(place) = self.place {
+            let placed = pod::bind(index, source, options(mount), found);
+            let path = place.path(self.id, &placed.name);
+            // The host keeps what is below it writable, and here a mount below has what the one above it has.
+            let only_top = placed.is_read_only_at_top();
+            let dropped: &[&str] = match only_top {
+                true => &["bind", "rbind", "rw", "ro"],
+                false => &["bind", "rbind", "rw"],
+            };
+            self.placed.push(placed);
+            bind_in_guest(mount, path, dropped);
+            return Ok(());
         }
         let shared = self.share(source, read_only(mount))?;
         let path = match found {
@@ -166,6 +194,7 @@ impl Gathered<'_> {
             tag,
             source,
             read_only,
+            is_pods: false,
         };
         self.shares.push((share, mount));
         Ok(target)
@@ -246,7 +275,7 @@ mod tests {
             Some("file") => Found::File,
             _ => Found::Nothing,
         };
-        outside("c1", Path::new("/bundle"), &spec, 2, look)
+        outside("c1", Path::new("/bundle"), &spec, 2, None, look)
     }
 
     #[test]

@@ -63,6 +63,7 @@ fn plan_of_an_image_lays_its_blobs_on_one_disk() {
     );
     assert!(plan.disks[0].read_only && !plan.disks[1].read_only);
     let mounts: Vec<_> = plan
+        .inside
         .mounts
         .iter()
         .map(|m| {
@@ -93,7 +94,7 @@ fn plan_of_an_image_lays_its_blobs_on_one_disk() {
             ),
         ]
     );
-    assert_eq!(plan.rootfs, format!("{dir}/rootfs"));
+    assert_eq!(plan.inside.rootfs, format!("{dir}/rootfs"));
 }
 
 #[test]
@@ -150,15 +151,15 @@ fn plan_with_bind_of_a_bundle_file_copies_it() {
     .unwrap();
     let target = "/run/casemate/c1/file0";
     assert_eq!(
-        plan.files,
+        plan.inside.files,
         [CopiedFile {
             source: "/bundle/hosts".into(),
             target: target.into()
         }]
     );
-    let mounts = plan.guest_spec.mounts().clone().unwrap();
+    let mounts = plan.inside.guest_spec.mounts().clone().unwrap();
     assert_eq!(mounts[0].source(), &Some(target.into()));
-    assert_eq!(plan.user, "www-data");
+    assert_eq!(plan.inside.user, "www-data");
 }
 
 #[test]
@@ -182,8 +183,8 @@ fn plan_of_a_directory_shares_it() {
     let plan = plan("c1", bundle, &spec("{}"), &root, HOST, DEFAULTS, look).unwrap();
     assert!(plan.disks.is_empty() && plan.is_lasting());
     assert_eq!(plan.shares[0].source, Path::new("/bundle/rootfs"));
-    assert_eq!(plan.mounts[0].source, plan.shares[0].tag);
-    assert_eq!(plan.mounts[0].target, plan.rootfs);
+    assert_eq!(plan.inside.mounts[0].source, plan.shares[0].tag);
+    assert_eq!(plan.inside.mounts[0].target, plan.inside.rootfs);
 }
 
 #[test]

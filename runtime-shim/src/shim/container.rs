@@ -1,17 +1,16 @@
-//! A container and the sandbox it lives in.
+//! A container in its sandbox: the first one, or another of a pod.
 
 use super::agent::CallError;
-use super::bounds::{self, Bounds};
-use super::launch::{FirstStreams, Launch, LaunchError, Sandbox, monotonic_ns};
-use super::network::{self, Attaching, Kept, NetworkFailure};
+use super::launch::{FirstStreams, Launch, LaunchError, monotonic_ns};
+use super::network::{self, NetworkFailure};
+use super::places::PlaceError;
 use super::process::{Exit, Life, Process, Work};
+use super::sandbox::{Booted, Sandbox};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
-use crate::fds;
 use crate::files;
-use crate::journal::Journal;
-use crate::plan::{self, Host, Limits, MAX_SPEC, Plan, PlanError, RootfsMount};
+use crate::plan::{self, Host, Inside, Joins, MAX_SPEC, Place, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
 use crate::settings::Settings;
 use casemate_protocol::agent as proto;
@@ -19,9 +18,9 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::io::Interest;
 
 /// As the agent accepts it.
 const MAX_FILE: u64 = 1 << 20;
@@ -32,6 +31,8 @@ const KILL_ANSWERS: Duration = Duration::from_secs(5);
 /// After the first process, the others of its PID namespace are gone too.
 const EXECS_FOLLOW: Duration = Duration::from_secs(5);
 
+/// Whatever has to end or to be written out gets this time.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// The last of the output reaches the log within this time after the end, or is dropped.
 const LOG_TAKES: Duration = Duration::from_secs(10);
 
@@ -72,6 +73,12 @@ pub(super) enum ContainerError {
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkFailure),
+    /// The pod's share.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// It takes no further container.
+    #[error("the sandbox {0:?} takes no further container: {1}")]
+    NoPod(String, &'static str),
     /// Too many processes.
     #[error("a container can have at most {MAX_EXECS} added processes")]
     TooManyExecs,
@@ -100,30 +107,21 @@ pub(super) trait Observer: Send + Sync {
     fn process_exited(&self, container: &str, exec_id: &str, pid: u32, exit: Exit);
 }
 
-/// What holds a sandbox's processes, and to what.
-struct Held {
-    bounds: Bounds,
-    limits: Limits,
-}
-
 /// A container with its processes.
 pub(super) struct Container {
     pub(super) id: String,
     pub(super) bundle: PathBuf,
     pub(super) init: Arc<Process>,
-    pub(super) sandbox: Sandbox,
+    pub(super) sandbox: Arc<Sandbox>,
+    /// Its directory in the pod's share, if it joined one.
+    place: Option<String>,
+    /// Its first process's end isn't that of the others.
+    shares_pids: bool,
+    /// Its processes are frozen.
+    paused: AtomicBool,
     /// Lock order: never held across an await.
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     timing: Mutex<Option<Timing>>,
-    /// Where it stands what is to be given back.
-    journal: Journal,
-    has_network: bool,
-    /// What holds its processes.
-    bounds: tokio::sync::Mutex<Held>,
-    /// What it has of the host for as long as it runs.
-    kept: Mutex<Kept>,
-    /// Why the sandbox was ended by us.
-    ended_for: Mutex<Option<&'static str>>,
     observer: Arc<dyn Observer>,
 }
 
@@ -131,6 +129,7 @@ pub(super) struct Container {
 pub(super) struct Create<'a> {
     pub(super) id: String,
     pub(super) bundle: PathBuf,
+    pub(super) spec: Spec,
     pub(super) rootfs: Vec<RootfsMount>,
     pub(super) paths: Paths,
     /// For what the first process writes.
@@ -147,6 +146,7 @@ impl Container {
         let Create {
             id,
             bundle,
+            spec,
             rootfs,
             paths,
             log,
@@ -154,7 +154,6 @@ impl Container {
             shim_main,
             observer,
         } = create;
-        let spec = read_spec(&bundle)?;
         let plan = plan::plan(
             &id,
             &bundle,
@@ -165,86 +164,146 @@ impl Container {
             plan::look,
         )?;
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
-        let mut request = create_request(&id, &plan)?;
+        let mut request = create_request(&id, &plan.inside)?;
         let (streams, ends) = Streams::open(&paths, log)?;
         let init = Arc::new(Process::new(String::new(), paths, Work::First));
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
 
-        let bounds = Bounds::new(&id, &plan.limits, launch.journal).map_err(LaunchError::Bounds)?;
-        let netns = plan.netns.as_ref();
-        let network = netns.map(|netns| Attaching::begin(&id, &bundle, netns, &bounds, &launch));
-        let mut network = network.transpose()?;
-        let started = Sandbox::start(&plan, first, network.as_mut(), &bounds, &launch).await;
-        let (sandbox, mut stdio) = started?;
+        let Booted {
+            sandbox,
+            mut stdio,
+            ips,
+        } = Sandbox::boot(&id, &bundle, &plan, first, &launch).await?;
         (stdio.rows, stdio.cols) = console_size(&spec);
         request.stdio = Some(stdio).into();
-        let mut kept = Kept::default();
-        let created = async {
-            if let Some(network) = network {
-                let told = network.ready().await?;
-                sandbox.agent.set_network(&told.request).await?;
-                network::add_to_hosts(&mut request, &spec, &told.ips);
-                kept = told.kept;
+        network::add_to_hosts(&mut request, &spec, &ips);
+        let created = match sandbox.agent().create_container(&request).await {
+            Ok(created) => created,
+            Err(error) => {
+                sandbox.guest.stop(true).await;
+                if let Some(pod) = &sandbox.pod {
+                    pod.places.close();
+                }
+                return Err(error.into());
             }
-            sandbox.agent.create_container(&request).await?;
-            Ok(())
         };
-        if let Err(error) = created.await {
-            sandbox.stop(true).await;
-            return Err(error);
+        if let Some(pod) = &sandbox.pod {
+            let _ = pod.guest_pid.set(created.pid);
         }
         let timing = wants_timing.then(|| Timing {
             shim_main,
             create: begun,
-            hello: sandbox.hello_ns,
-            guest_agent_main: sandbox.hello.main_ns,
-            guest_agent_serving: sandbox.hello.serving_ns,
+            hello: sandbox.guest.hello_ns,
+            guest_agent_main: sandbox.guest.hello.main_ns,
+            guest_agent_serving: sandbox.guest.hello.serving_ns,
             created: monotonic_ns(),
             ..Timing::default()
         });
-        let container = Arc::new(Self {
+        Ok(Arc::new(Self {
             id,
             bundle,
             init,
             sandbox,
+            place: None,
+            shares_pids: plan.inside.shares_pids,
+            paused: AtomicBool::new(false),
             execs: Mutex::default(),
             timing: Mutex::new(timing),
-            journal: launch.journal.clone(),
-            has_network: plan.netns.is_some(),
-            bounds: tokio::sync::Mutex::new(Held {
-                bounds,
-                limits: plan.limits,
-            }),
-            kept: Mutex::new(kept),
-            ended_for: Mutex::default(),
             observer,
+        }))
+    }
+
+    /// Creates the container in a sandbox that runs.
+    pub(super) async fn join(
+        create: Create<'_>,
+        sandbox: Arc<Sandbox>,
+    ) -> Result<Arc<Self>, ContainerError> {
+        let refused = |why| ContainerError::NoPod(sandbox.id().to_owned(), why);
+        let pod = sandbox
+            .pod
+            .as_ref()
+            .ok_or_else(|| refused("it is no pod's"))?;
+        let guest_pid = pod.guest_pid.get().copied();
+        let joins = Joins {
+            namespaces: &pod.namespaces,
+            host_pid: sandbox.vm().pid(),
+            guest_pid: guest_pid.ok_or_else(|| refused("it is not there yet"))?,
+        };
+        let place = pod.places.next();
+        let spec = &create.spec;
+        let inside = plan::join(
+            &create.id,
+            &create.bundle,
+            spec,
+            &create.rootfs,
+            &Place {
+                sandbox: sandbox.id(),
+                directory: &place,
+                joins: Some(&joins),
+            },
+            plan::look,
+        )?;
+        let mut request = create_request(&create.id, &inside)?;
+        let (streams, ends) = Streams::open(&create.paths, create.log)?;
+        let init = Arc::new(Process::new(String::new(), create.paths, Work::First));
+        init.set_streams(streams);
+        pod.places.put(&place, &inside.placed).await?;
+        let made = async {
+            let mut stdio = sandbox.guest.listen(ends, init.paths.terminal).await?;
+            (stdio.rows, stdio.cols) = console_size(spec);
+            request.stdio = Some(stdio).into();
+            sandbox.agent().create_container(&request).await?;
+            Ok(())
+        };
+        if let Err(error) = made.await {
+            pod.places.clear(&place).await;
+            return Err(error);
+        }
+        let container = Arc::new(Self {
+            id: create.id,
+            bundle: create.bundle,
+            init,
+            sandbox: sandbox.clone(),
+            place: Some(place),
+            shares_pids: inside.shares_pids,
+            paused: AtomicBool::new(false),
+            execs: Mutex::default(),
+            timing: Mutex::default(),
+            observer: create.observer,
         });
-        container.end_with_network();
+        sandbox.joined(&container);
         Ok(container)
     }
 
-    /// Ends the sandbox when a process does that its network needs: better than one that reaches nobody.
-    fn end_with_network(self: &Arc<Self>) {
-        let end = match &self.kept.lock().unwrap_or_else(|e| e.into_inner()).passt {
-            Some(passt) => passt.end(),
-            None => return,
+    /// Whether it joined another's sandbox.
+    pub(super) fn is_member(&self) -> bool {
+        self.place.is_some()
+    }
+
+    /// Whether its processes are frozen.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Freezes its processes, or lets them go on.
+    pub(super) async fn freeze(&self, paused: bool) -> Result<(), CallError> {
+        let request = self.request();
+        match paused {
+            true => self.sandbox.agent().pause(&request).await?,
+            false => self.sandbox.agent().resume(&request).await?,
         };
-        let watched = end.and_then(|end| fds::watched(end, Interest::READABLE));
-        let container = Arc::downgrade(self);
-        tokio::spawn(async move {
-            if let Ok(watched) = watched {
-                let _ = watched.readable().await;
-            }
-            if let Some(container) = container.upgrade() {
-                *container
-                    .ended_for
-                    .lock()
-                    .unwrap_or_else(|e| e.into_inner()) =
-                    Some("its network's process (passt) ended");
-                container.sandbox.vm.kill();
-            }
-        });
+        self.paused.store(paused, Ordering::Relaxed);
+        self.observer.paused(paused);
+        Ok(())
+    }
+
+    /// What the agent is asked of it.
+    pub(super) fn request(&self) -> proto::ContainerRequest {
+        proto::ContainerRequest {
+            id: self.id.clone(),
+            ..Default::default()
+        }
     }
 
     /// Gives it other limits: in the guest, and on the host.
@@ -257,17 +316,12 @@ impl Container {
         if plan::asks_for_fixed(&change) {
             return Err(ContainerError::Fixed);
         }
-        self.sandbox.agent.update(request).await?;
-        let mut held = self.bounds.lock().await;
-        let mut limits = held.limits.clone();
-        limits.add(&change)?;
-        // The VM is as large as it was booted.
-        limits.memory = held.limits.memory;
-        let (vm, journal) = (&self.sandbox.vm, &self.journal);
-        let changed = held.bounds.change(&self.id, &limits, vm, journal).await;
-        changed.map_err(LaunchError::Bounds)?;
-        held.limits = limits;
-        Ok(())
+        self.sandbox.agent().update(request).await?;
+        match self.is_member() {
+            // The VM's are its pod's.
+            true => Ok(()),
+            false => self.sandbox.limit(&change).await,
+        }
     }
 
     /// A process by its exec id; empty: the first one.
@@ -290,7 +344,7 @@ impl Container {
             id: self.id.clone(),
             ..Default::default()
         };
-        let answer = match self.sandbox.agent.start_container(&request).await {
+        let answer = match self.sandbox.agent().start_container(&request).await {
             Ok(answer) => answer,
             Err(error) => {
                 self.init.set_exited(Exit::now(KILLED));
@@ -298,7 +352,7 @@ impl Container {
             }
         };
         self.init.set_running();
-        let pid = self.sandbox.vm.pid();
+        let pid = self.sandbox.vm().pid();
         self.observer.started(pid);
         self.write_timing(begun, answer.exec_ns);
         tokio::spawn(self.clone().watch(self.init.clone(), pid));
@@ -310,7 +364,7 @@ impl Container {
         let timing = self.timing.lock().ok().and_then(|mut t| t.take());
         if let Some(timing) = timing {
             let timing = Timing {
-                vmm: self.sandbox.vm.phases(),
+                vmm: self.sandbox.vm().phases(),
                 start,
                 started: monotonic_ns(),
                 guest_exec,
@@ -352,7 +406,11 @@ impl Container {
     ) -> Result<u32, ContainerError> {
         let (streams, ends) = Streams::open(&process.paths, None)?;
         process.set_streams(streams);
-        let mut stdio = self.sandbox.listen(ends, process.paths.terminal).await?;
+        let mut stdio = self
+            .sandbox
+            .guest
+            .listen(ends, process.paths.terminal)
+            .await?;
         let mut request = proto::ExecRequest {
             id: self.id.clone(),
             exec_id: process.exec_id.clone(),
@@ -369,7 +427,7 @@ impl Container {
             Work::First => {}
         }
         request.stdio = Some(stdio).into();
-        let answer = match self.sandbox.agent.exec(&request).await {
+        let answer = match self.sandbox.agent().exec(&request).await {
             Ok(answer) => answer,
             Err(error) => {
                 process.set_exited(Exit::now(KILLED));
@@ -393,7 +451,7 @@ impl Container {
             exec_id: process.exec_id.clone(),
             ..Default::default()
         };
-        let (exit, error) = match self.sandbox.agent.wait(&request).await {
+        let (exit, error) = match self.sandbox.agent().wait(&request).await {
             Ok(answer) => {
                 let exit = Exit {
                     oom_killed: answer.oom_killed,
@@ -403,13 +461,17 @@ impl Container {
             }
             Err(error) => {
                 // Without its agent a guest is of no use to anyone.
-                self.sandbox.vm.kill();
-                let reason = *self.ended_for.lock().unwrap_or_else(|e| e.into_inner());
+                self.sandbox.vm().kill();
+                let reason = self.sandbox.ended_for();
                 let error = reason.map_or_else(|| error.to_string(), str::to_owned);
                 (Exit::now(KILLED), error)
             }
         };
         if process.exec_id.is_empty() {
+            if self.shares_pids {
+                // Else the guest's kernel does it.
+                let _ = self.kill("", SIGKILL, true).await;
+            }
             self.others_ended().await;
             if process.paths.stdout.is_empty() {
                 // The log is complete before the end is told. (A FIFO's reader may be slow, and waits for it himself.)
@@ -420,6 +482,9 @@ impl Container {
         let exec_id = &process.exec_id;
         self.observer.process_exited(&self.id, exec_id, pid, exit);
         process.set_exited(exit);
+        if process.exec_id.is_empty() && !self.is_member() {
+            self.sandbox.end_members().await;
+        }
     }
 
     /// The first process's end is told last.
@@ -452,7 +517,7 @@ impl Container {
             all,
             ..Default::default()
         };
-        let answer = self.sandbox.agent.kill(&request);
+        let answer = self.sandbox.agent().kill(&request);
         if !(exec_id.is_empty() && signal == SIGKILL) {
             answer.await?;
             return Ok(());
@@ -460,40 +525,45 @@ impl Container {
         match tokio::time::timeout(KILL_ANSWERS, answer).await {
             Ok(Ok(_)) => Ok(()),
             Err(_) | Ok(Err(CallError::Timeout { .. } | CallError::Connection { .. })) => {
-                self.sandbox.vm.kill();
+                self.sandbox.vm().kill();
                 Ok(())
             }
             Ok(Err(error)) => Err(error.into()),
         }
     }
 
-    /// Ends the sandbox; what it wrote is kept unless `discard`.
+    /// Ends it and its sandbox; what was written is kept unless `discard`.
     pub(super) async fn end(&self, discard: bool) {
-        const PATIENCE: Duration = Duration::from_secs(10);
         let runs = self.init.life() == Life::Running;
         if discard && runs {
-            self.sandbox.vm.kill();
-        } else if !discard && self.sandbox.vm.ended().borrow().is_none() {
-            if runs {
-                let _ = self.kill("", SIGKILL, true).await;
-                let _ = tokio::time::timeout(PATIENCE, self.init.exited()).await;
-            }
-            let request = proto::ContainerRequest {
-                id: self.id.clone(),
-                ..Default::default()
-            };
-            // What can't be unmounted here is synced by the shutdown that follows.
-            let _ = self.sandbox.agent.delete_container(&request).await;
+            self.sandbox.vm().kill();
+        } else if !discard {
+            self.end_inside().await;
         }
         self.init.drained(PATIENCE).await;
-        self.sandbox.stop(discard).await;
-        if self.bounds.lock().await.bounds.has_group() {
-            bounds::release(&self.journal);
+        self.sandbox.end(discard).await;
+    }
+
+    /// Ends it; its sandbox lives on, if it does.
+    pub(super) async fn leave(&self) {
+        self.end_inside().await;
+        self.init.drained(PATIENCE).await;
+        if let (Some(place), Some(pod)) = (&self.place, &self.sandbox.pod) {
+            pod.places.clear(place).await;
         }
-        if self.has_network {
-            network::release(&self.journal).await;
-            *self.kept.lock().unwrap_or_else(|e| e.into_inner()) = Kept::default();
+    }
+
+    /// Takes it out of the guest.
+    async fn end_inside(&self) {
+        if self.sandbox.vm().ended().borrow().is_some() {
+            return;
         }
+        if self.init.life() == Life::Running {
+            let _ = self.kill("", SIGKILL, true).await;
+            let _ = tokio::time::timeout(PATIENCE, self.init.exited()).await;
+        }
+        // What can't be unmounted here is synced by the shutdown that follows.
+        let _ = self.sandbox.agent().delete_container(&self.request()).await;
     }
 }
 
@@ -532,7 +602,8 @@ fn console_size(spec: &Spec) -> (u32, u32) {
     size.map_or((0, 0), |s| (cells(s.height()), cells(s.width())))
 }
 
-fn read_spec(bundle: &Path) -> Result<Spec, ContainerError> {
+/// Reads a bundle's spec.
+pub(super) fn read_spec(bundle: &Path) -> Result<Spec, ContainerError> {
     let path = bundle.join("config.json");
     let bytes = read_bounded(&path, MAX_SPEC)?;
     serde_json::from_slice(&bytes).map_err(|source| ContainerError::Spec { path, source })
@@ -545,13 +616,16 @@ fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ContainerError> {
     })
 }
 
-fn create_request(id: &str, plan: &Plan) -> Result<proto::CreateContainerRequest, ContainerError> {
+fn create_request(
+    id: &str,
+    inside: &Inside,
+) -> Result<proto::CreateContainerRequest, ContainerError> {
     let spec_json =
-        serde_json::to_vec(&plan.guest_spec).map_err(|source| ContainerError::Spec {
+        serde_json::to_vec(&inside.guest_spec).map_err(|source| ContainerError::Spec {
             path: "the guest's spec".into(),
             source,
         })?;
-    let files = plan
+    let files = inside
         .files
         .iter()
         .map(|file| {
@@ -565,10 +639,10 @@ fn create_request(id: &str, plan: &Plan) -> Result<proto::CreateContainerRequest
     Ok(proto::CreateContainerRequest {
         id: id.to_owned(),
         spec_json,
-        mounts: plan.mounts.clone(),
-        rootfs: plan.rootfs.clone(),
+        mounts: inside.mounts.clone(),
+        rootfs: inside.rootfs.clone(),
         files,
-        user: plan.user.clone(),
+        user: inside.user.clone(),
         ..Default::default()
     })
 }

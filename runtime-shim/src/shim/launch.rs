@@ -4,6 +4,7 @@ use super::agent::{Agent, CallError};
 use super::bounds::Bounds;
 use super::disks::{self, DiskError};
 use super::network::Attaching;
+use super::places::{PlaceError, Places};
 use super::shares::{Server, ShareError, Watched};
 use super::stdio::GuestEnds;
 use super::vm::{Ended, Vm, VmError};
@@ -79,7 +80,7 @@ pub(super) enum LaunchError {
 }
 
 /// A running guest.
-pub(super) struct Sandbox {
+pub(super) struct Guest {
     /// Its VMM.
     pub(super) vm: Vm,
     /// Its agent.
@@ -153,7 +154,7 @@ fn open(what: &'static str, path: &Path, flags: OFlags) -> Result<OwnedFd, Launc
     })
 }
 
-impl Sandbox {
+impl Guest {
     /// Opens everything, starts the VMM and waits for the agent.
     pub(super) async fn start(
         plan: &Plan,
@@ -246,7 +247,7 @@ impl Sandbox {
             vm.kill();
             return Err(LaunchError::Bounds(error));
         }
-        let sandbox = Self {
+        let guest = Self {
             vm,
             agent,
             hello,
@@ -259,12 +260,18 @@ impl Sandbox {
                 vcpus: plan.vcpus.into(),
                 ..Default::default()
             };
-            if let Err(cause) = sandbox.agent.online_cpus(&request).await {
-                let shares = sandbox.shares.lock().await;
-                return Err(failed(&sandbox.vm, cause, &said, &shares).await);
+            if let Err(cause) = guest.agent.online_cpus(&request).await {
+                let shares = guest.shares.lock().await;
+                return Err(failed(&guest.vm, cause, &said, &shares).await);
             }
         }
-        Ok((sandbox, streams.stdio))
+        Ok((guest, streams.stdio))
+    }
+
+    /// The places in its pod's share, if it has one.
+    pub(super) async fn places(&self) -> Result<Option<Places>, PlaceError> {
+        let shares = self.shares.lock().await;
+        shares.iter().find_map(Watched::places).transpose()
     }
 
     /// Opens a port for each stream of a further process. The first to connect gets the stream, and the container

@@ -8,7 +8,7 @@ use crate::restart::{Policy, Restarts};
 use crate::state::{SandboxDir, State, Status, now_ns};
 use containerd_shim_protos::events::task;
 use containerd_shim_protos::topics;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::Notify;
 
@@ -65,11 +65,6 @@ impl Recorder {
         (status.state == State::Restarting).then(|| self.restarts().wait())
     }
 
-    /// Whether its processes are frozen.
-    pub(super) fn is_paused(&self) -> bool {
-        self.lock().paused
-    }
-
     /// The health check, if there is one.
     pub(super) fn check(&self) -> Option<health::Check> {
         self.dir.meta()?.health
@@ -116,6 +111,21 @@ impl Recorder {
         if self.lock().state == State::Restarting {
             self.update(|status| status.state = State::Exited);
         }
+    }
+}
+
+/// For a container that joined another's sandbox: what the directory tells is the other's.
+pub(super) struct Member(pub(super) Arc<Recorder>);
+
+impl Observer for Member {
+    fn started(&self, _: u32) {}
+
+    fn paused(&self, _: bool) {}
+
+    fn exited(&self, _: Exit, _: &str) {}
+
+    fn process_exited(&self, container: &str, exec_id: &str, pid: u32, exit: Exit) {
+        self.0.process_exited(container, exec_id, pid, exit);
     }
 }
 

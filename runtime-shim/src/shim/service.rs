@@ -1,21 +1,21 @@
-//! containerd's Task service for the one container of a sandbox.
+//! containerd's Task service for the containers of a sandbox: one, or those of a pod.
 
 use super::agent::CallError;
 use super::bounds;
-use super::container::{Container, ContainerError, Create, Observer};
+use super::container::{Container, ContainerError, Create, Observer, read_spec};
 use super::health;
 use super::launch::Launch;
 use super::network;
 use super::passt;
 use super::process::{Exit, Life, Process, Work};
-use super::recorder::Recorder;
+use super::recorder::{Member, Recorder};
 use super::shares;
 use super::stats;
 use super::stdio::{Paths, SharedLog};
 use crate::containerd::events::timestamp;
 use crate::containerd::rootfs;
 use crate::journal::{Journal, VMM_ROLE};
-use crate::plan::RootfsMount;
+use crate::plan::{self, Role, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL, chain, is_identifier, status};
 use crate::settings::Settings;
 use crate::update;
@@ -26,12 +26,14 @@ use containerd_shim_protos::events::task;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::topics;
+use oci_spec::runtime::Spec;
 use protobuf::MessageFull;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 use ttrpc::r#async::TtrpcContext;
@@ -59,7 +61,9 @@ pub(super) struct Service {
     /// Set when it is time to go.
     pub(super) leave: watch::Sender<bool>,
     /// Held while a container is made, so that two calls at once make one.
-    pub(super) container: Mutex<Option<Arc<Container>>>,
+    pub(super) creating: Mutex<()>,
+    /// By their ids. Never held across an await.
+    pub(super) containers: std::sync::Mutex<BTreeMap<String, Arc<Container>>>,
     /// For what the container writes.
     pub(super) log: Option<SharedLog>,
     pub(super) asked: Asked,
@@ -90,10 +94,11 @@ fn code_of(error: &ContainerError) -> Code {
         ContainerError::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         ContainerError::ExecExists(_) => Code::ALREADY_EXISTS,
         ContainerError::Resources(_) => Code::INVALID_ARGUMENT,
-        ContainerError::Fixed => Code::FAILED_PRECONDITION,
+        ContainerError::Fixed | ContainerError::NoPod(..) => Code::FAILED_PRECONDITION,
         ContainerError::Launch(_)
         | ContainerError::Call(_)
         | ContainerError::Vm(_)
+        | ContainerError::Place(_)
         | ContainerError::Network(_) => Code::INTERNAL,
     }
 }
@@ -124,19 +129,24 @@ fn check_id(id: &str) -> Reply<()> {
 }
 
 impl Service {
-    async fn container(&self, id: &str) -> Reply<Arc<Container>> {
-        let held = self.container.lock().await;
-        match &*held {
-            Some(container) if container.id == id => Ok(container.clone()),
-            _ => Err(status(
-                Code::NOT_FOUND,
-                format!("container {id:?} does not exist"),
-            )),
-        }
+    fn container(&self, id: &str) -> Reply<Arc<Container>> {
+        let found = self.containers().get(id).cloned();
+        found.ok_or_else(|| status(Code::NOT_FOUND, format!("container {id:?} does not exist")))
     }
 
-    async fn process(&self, id: &str, exec_id: &str) -> Reply<(Arc<Container>, Arc<Process>)> {
-        let container = self.container(id).await?;
+    /// A poisoned lock holds a map: always usable.
+    fn containers(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The one whose sandbox it is.
+    fn first(&self) -> Option<Arc<Container>> {
+        let containers = self.containers();
+        containers.values().find(|c| !c.is_member()).cloned()
+    }
+
+    fn process(&self, id: &str, exec_id: &str) -> Reply<(Arc<Container>, Arc<Process>)> {
+        let container = self.container(id)?;
         let process = container
             .process(exec_id)
             .ok_or_else(|| no_process(id, exec_id))?;
@@ -144,8 +154,8 @@ impl Service {
     }
 
     /// For calls that make sense for a running process only.
-    async fn running(&self, id: &str, exec_id: &str) -> Reply<(Arc<Container>, Arc<Process>)> {
-        let (container, process) = self.process(id, exec_id).await?;
+    fn running(&self, id: &str, exec_id: &str) -> Reply<(Arc<Container>, Arc<Process>)> {
+        let (container, process) = self.process(id, exec_id)?;
         match process.life() {
             Life::Exited(_) => Err(status(Code::NOT_FOUND, "process already finished")),
             Life::Running => Ok((container, process)),
@@ -163,28 +173,28 @@ impl Service {
         }
     }
 
-    fn container_request(id: &str) -> proto::ContainerRequest {
-        proto::ContainerRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        }
-    }
-
     /// Ends everything at once: whoever asked for the sandbox is gone.
     pub(super) async fn abandon(&self) {
-        let held = self.container.lock().await.take();
-        if let Some(container) = held {
-            container.end(self.discard).await;
+        let _creating = self.creating.lock().await;
+        self.end_all().await;
+    }
+
+    /// Ends the sandbox with all that is in it.
+    async fn end_all(&self) {
+        // Those that joined have nothing of their own.
+        let first = self.first();
+        let all = std::mem::take(&mut *self.containers());
+        if let Some(first) = first.or_else(|| all.into_values().next()) {
+            first.end(self.discard).await;
         }
     }
 
     /// Waits for the end of the container's first process and gives back what it ran on; its files stay.
     pub(super) async fn end_of_container(&self) {
-        let held = self.container.lock().await.clone();
-        if let Some(container) = held {
+        if let Some(container) = self.first() {
             container.init.exited().await;
             container.end(self.discard).await;
-            self.container.lock().await.take();
+            self.containers().remove(&container.id);
         }
     }
 
@@ -222,15 +232,15 @@ impl Service {
 
     async fn create_container(&self, req: api::CreateTaskRequest) -> Reply<Arc<Container>> {
         check_id(&req.id)?;
-        let mut held = self.container.lock().await;
-        if let Some(other) = &*held {
-            let (code, text) = if other.id == req.id {
-                (Code::ALREADY_EXISTS, "already exists".to_owned())
-            } else {
-                let text = format!("can't join the sandbox of {:?}", other.id);
-                (Code::FAILED_PRECONDITION, text)
-            };
-            return Err(status(code, format!("container {:?} {text}", req.id)));
+        let _creating = self.creating.lock().await;
+        if self.containers().contains_key(&req.id) {
+            let text = format!("container {:?} already exists", req.id);
+            return Err(status(Code::ALREADY_EXISTS, text));
+        }
+        let first = self.first();
+        if first.is_none() && !self.containers().is_empty() {
+            let text = format!("can't make container {:?}: its sandbox was deleted", req.id);
+            return Err(status(Code::FAILED_PRECONDITION, text));
         }
         if !req.checkpoint.is_empty() {
             return Err(status(
@@ -238,18 +248,83 @@ impl Service {
                 "restoring a checkpoint is not supported",
             ));
         }
+        let spec = read_spec(Path::new(&req.bundle)).map_err(failed)?;
+        let container = match first {
+            Some(first) => self.join(req, spec, &first).await?,
+            None => self.boot(req, spec).await?,
+        };
+        self.containers()
+            .insert(container.id.clone(), container.clone());
+        Ok(container)
+    }
+
+    /// Makes the sandbox, with its first container.
+    async fn boot(&self, req: api::CreateTaskRequest, spec: Spec) -> Reply<Arc<Container>> {
         if let Ok(mut created) = self.asked.create.lock() {
             *created = Some(req.clone());
         }
-        let mounts = req.rootfs.into_iter().map(rootfs_mount).collect();
-        let bundle = PathBuf::from(req.bundle);
-        let root = bundle.join(ROOTFS);
-        let rootfs = rootfs::prepare(mounts, &root, &self.journal)
-            .inspect_err(|_| rootfs::release(&self.journal))
-            .map_err(|e| status(Code::FAILED_PRECONDITION, chain(&e)))?;
-        let create = Create {
+        let bundle = PathBuf::from(&req.bundle);
+        let role = role(&spec);
+        let mut mounts: Vec<_> = req.rootfs.iter().cloned().map(rootfs_mount).collect();
+        if role == Role::Alone {
+            mounts = rootfs::prepare(mounts, &bundle.join(ROOTFS), &self.journal)
+                .inspect_err(|_| rootfs::release(&self.journal))
+                .map_err(|e| status(Code::FAILED_PRECONDITION, chain(&e)))?;
+        }
+        let create = self.asked_for(req, spec, mounts, self.recorder.clone());
+        match Container::create(create).await {
+            Ok(container) => Ok(container),
+            Err(error) => {
+                network::release(&self.journal).await;
+                bounds::release(&self.journal);
+                rootfs::release(&self.journal);
+                Err(failed(error))
+            }
+        }
+    }
+
+    /// Makes a container in the sandbox of the `first` one.
+    async fn join(
+        &self,
+        req: api::CreateTaskRequest,
+        spec: Spec,
+        first: &Container,
+    ) -> Reply<Arc<Container>> {
+        let role = role(&spec);
+        let refuse = |why: String| {
+            let text = format!(
+                "container {:?} can't join the sandbox of {:?}: {why}",
+                req.id, first.id
+            );
+            Err(status(Code::FAILED_PRECONDITION, text))
+        };
+        match role {
+            Role::Member(sandbox) if sandbox == first.id => {}
+            Role::Member(sandbox) => return refuse(format!("it belongs into that of {sandbox:?}")),
+            Role::Alone | Role::Sandbox => return refuse("it is to have its own".to_owned()),
+        }
+        if matches!(first.init.life(), Life::Exited(_)) {
+            return refuse("that has ended".to_owned());
+        }
+        let mounts = req.rootfs.iter().cloned().map(rootfs_mount).collect();
+        let observer = Arc::new(Member(self.recorder.clone()));
+        let create = self.asked_for(req, spec, mounts, observer);
+        Container::join(create, first.sandbox.clone())
+            .await
+            .map_err(failed)
+    }
+
+    fn asked_for(
+        &self,
+        req: api::CreateTaskRequest,
+        spec: Spec,
+        rootfs: Vec<RootfsMount>,
+        observer: Arc<dyn Observer>,
+    ) -> Create<'_> {
+        Create {
             id: req.id,
-            bundle,
+            bundle: PathBuf::from(req.bundle),
+            spec,
             rootfs,
             paths: Paths {
                 terminal: req.terminal,
@@ -266,18 +341,14 @@ impl Service {
                 console: self.console.as_ref().map(AsFd::as_fd),
             },
             shim_main: self.shim_main,
-            observer: self.recorder.clone(),
-        };
-        match Container::create(create).await {
-            Ok(container) => Ok(held.insert(container).clone()),
-            Err(error) => {
-                network::release(&self.journal).await;
-                bounds::release(&self.journal);
-                rootfs::release(&self.journal);
-                Err(failed(error))
-            }
+            observer,
         }
     }
+}
+
+/// What the container of a spec is in a pod.
+fn role(spec: &Spec) -> Role {
+    Role::of(|key| plan::annotation(spec, key))
 }
 
 /// What is told of a container that was made, but for its process.
@@ -323,7 +394,7 @@ impl Task for Service {
                 return Err(status(Code::CANCELLED, "the sandbox is being ended"));
             }
         };
-        let pid = container.sandbox.vm.pid();
+        let pid = container.sandbox.vm().pid();
         self.tell(topics::TASK_CREATE_EVENT_TOPIC, || task::TaskCreate {
             pid,
             ..created
@@ -335,7 +406,7 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, req: api::StartRequest) -> Reply<api::StartResponse> {
-        let (container, process) = self.process(&req.id, &req.exec_id).await?;
+        let (container, process) = self.process(&req.id, &req.exec_id)?;
         if process.life() != Life::Created {
             return Err(status(
                 Code::FAILED_PRECONDITION,
@@ -346,7 +417,7 @@ impl Task for Service {
             container.start_init().await.map_err(failed)?;
             self.watch_health(&container);
             self.asked.start.store(true, Ordering::Relaxed);
-            let pid = container.sandbox.vm.pid();
+            let pid = container.sandbox.vm().pid();
             self.tell(topics::TASK_START_EVENT_TOPIC, || task::TaskStart {
                 container_id: req.id,
                 pid,
@@ -371,7 +442,7 @@ impl Task for Service {
     }
 
     async fn wait(&self, _: &TtrpcContext, req: api::WaitRequest) -> Reply<api::WaitResponse> {
-        let (_, process) = self.process(&req.id, &req.exec_id).await?;
+        let (_, process) = self.process(&req.id, &req.exec_id)?;
         let exit = process.exited().await;
         Ok(api::WaitResponse {
             exit_status: exit.status,
@@ -381,12 +452,12 @@ impl Task for Service {
     }
 
     async fn state(&self, _: &TtrpcContext, req: api::StateRequest) -> Reply<api::StateResponse> {
-        let (container, process) = self.process(&req.id, &req.exec_id).await?;
+        let (container, process) = self.process(&req.id, &req.exec_id)?;
         let mut answer = api::StateResponse {
             id: req.id,
             exec_id: req.exec_id,
             bundle: container.bundle.display().to_string(),
-            pid: container.sandbox.vm.pid(),
+            pid: container.sandbox.vm().pid(),
             stdin: process.paths.stdin.clone(),
             stdout: process.paths.stdout.clone(),
             stderr: process.paths.stderr.clone(),
@@ -395,7 +466,7 @@ impl Task for Service {
         };
         let state = match process.life() {
             Life::Created => api::Status::CREATED,
-            Life::Running if self.recorder.is_paused() => api::Status::PAUSED,
+            Life::Running if container.is_paused() => api::Status::PAUSED,
             Life::Running => api::Status::RUNNING,
             Life::Exited(exit) => {
                 answer.exit_status = exit.status;
@@ -408,7 +479,7 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, req: api::KillRequest) -> Reply<Empty> {
-        let (container, process) = self.process(&req.id, &req.exec_id).await?;
+        let (container, process) = self.process(&req.id, &req.exec_id)?;
         if matches!(process.life(), Life::Exited(_)) {
             return Err(status(Code::NOT_FOUND, "process already finished"));
         }
@@ -428,7 +499,7 @@ impl Task for Service {
         _: &TtrpcContext,
         req: api::DeleteRequest,
     ) -> Reply<api::DeleteResponse> {
-        let (container, process) = self.process(&req.id, &req.exec_id).await?;
+        let (container, process) = self.process(&req.id, &req.exec_id)?;
         let exit = match process.life() {
             Life::Running => {
                 return Err(status(
@@ -444,12 +515,17 @@ impl Task for Service {
             Life::Exited(exit) => exit,
         };
         if req.exec_id.is_empty() {
-            container.end(self.discard).await;
-            rootfs::release(&self.journal);
-            self.container.lock().await.take();
+            match container.is_member() {
+                true => container.leave().await,
+                false => {
+                    container.end(self.discard).await;
+                    rootfs::release(&self.journal);
+                }
+            }
+            self.containers().remove(&req.id);
             self.tell(topics::TASK_DELETE_EVENT_TOPIC, || task::TaskDelete {
                 container_id: req.id,
-                pid: container.sandbox.vm.pid(),
+                pid: container.sandbox.vm().pid(),
                 exit_status: exit.status,
                 exited_at: Some(timestamp(exit.at_ns)).into(),
                 ..Default::default()
@@ -459,7 +535,7 @@ impl Task for Service {
             container.remove_exec(&req.exec_id);
         }
         Ok(api::DeleteResponse {
-            pid: container.sandbox.vm.pid(),
+            pid: container.sandbox.vm().pid(),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at_ns)).into(),
             ..Default::default()
@@ -475,8 +551,8 @@ impl Task for Service {
         };
         let (container, first) = match work {
             // What the container wrote can be had before it starts.
-            Work::Tool(_) => self.process(&req.id, "").await?,
-            _ => self.running(&req.id, "").await?,
+            Work::Tool(_) => self.process(&req.id, "")?,
+            _ => self.running(&req.id, "")?,
         };
         if matches!(first.life(), Life::Exited(_)) {
             return Err(status(Code::NOT_FOUND, "process already finished"));
@@ -501,7 +577,7 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, req: api::ResizePtyRequest) -> Reply<Empty> {
-        let (container, _) = self.running(&req.id, &req.exec_id).await?;
+        let (container, _) = self.running(&req.id, &req.exec_id)?;
         let request = proto::ResizePtyRequest {
             id: req.id,
             exec_id: req.exec_id,
@@ -509,13 +585,13 @@ impl Task for Service {
             cols: req.width,
             ..Default::default()
         };
-        let agent = &container.sandbox.agent;
+        let agent = container.sandbox.agent();
         agent.resize_pty(&request).await.map_err(call_failed)?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, req: api::CloseIORequest) -> Reply<Empty> {
-        let (_, process) = self.process(&req.id, &req.exec_id).await?;
+        let (_, process) = self.process(&req.id, &req.exec_id)?;
         if req.stdin {
             process.close_stdin();
         }
@@ -523,9 +599,9 @@ impl Task for Service {
     }
 
     async fn pids(&self, _: &TtrpcContext, req: api::PidsRequest) -> Reply<api::PidsResponse> {
-        let container = self.container(&req.id).await?;
-        let request = Self::container_request(&req.id);
-        let agent = &container.sandbox.agent;
+        let container = self.container(&req.id)?;
+        let request = container.request();
+        let agent = container.sandbox.agent();
         let answer = agent.list_pids(&request).await.map_err(call_failed)?;
         Ok(api::PidsResponse {
             processes: answer
@@ -541,11 +617,8 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, req: api::PauseRequest) -> Reply<Empty> {
-        let (container, _) = self.running(&req.id, "").await?;
-        let request = Self::container_request(&req.id);
-        let agent = &container.sandbox.agent;
-        agent.pause(&request).await.map_err(call_failed)?;
-        self.recorder.paused(true);
+        let (container, _) = self.running(&req.id, "")?;
+        container.freeze(true).await.map_err(call_failed)?;
         self.tell(topics::TASK_PAUSED_EVENT_TOPIC, || task::TaskPaused {
             container_id: req.id,
             ..Default::default()
@@ -554,11 +627,8 @@ impl Task for Service {
     }
 
     async fn resume(&self, _: &TtrpcContext, req: api::ResumeRequest) -> Reply<Empty> {
-        let (container, _) = self.running(&req.id, "").await?;
-        let request = Self::container_request(&req.id);
-        let agent = &container.sandbox.agent;
-        agent.resume(&request).await.map_err(call_failed)?;
-        self.recorder.paused(false);
+        let (container, _) = self.running(&req.id, "")?;
+        container.freeze(false).await.map_err(call_failed)?;
         self.tell(topics::TASK_RESUMED_EVENT_TOPIC, || task::TaskResumed {
             container_id: req.id,
             ..Default::default()
@@ -571,7 +641,7 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, req: api::UpdateTaskRequest) -> Reply<Empty> {
-        let (container, _) = self.running(&req.id, "").await?;
+        let (container, _) = self.running(&req.id, "")?;
         let request = proto::UpdateRequest {
             id: req.id,
             resources_json: req.resources.into_option().unwrap_or_default().value,
@@ -582,9 +652,9 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, req: api::StatsRequest) -> Reply<api::StatsResponse> {
-        let container = self.container(&req.id).await?;
-        let request = Self::container_request(&req.id);
-        let agent = &container.sandbox.agent;
+        let container = self.container(&req.id)?;
+        let request = container.request();
+        let agent = container.sandbox.agent();
         let answer = agent.stats(&request).await.map_err(call_failed)?;
         let metrics = stats::metrics(&answer).map_err(|e| status(Code::INTERNAL, e))?;
         Ok(api::StatsResponse {
@@ -598,10 +668,10 @@ impl Task for Service {
         _: &TtrpcContext,
         req: api::ConnectRequest,
     ) -> Reply<api::ConnectResponse> {
-        let container = self.container(&req.id).await?;
+        let container = self.container(&req.id)?;
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: container.sandbox.vm.pid(),
+            task_pid: container.sandbox.vm().pid(),
             ..Default::default()
         })
     }
@@ -610,14 +680,12 @@ impl Task for Service {
         if req.now {
             self.unwanted.send_replace(true);
         }
-        let mut held = self.container.lock().await;
-        if held.is_some() && !req.now {
+        let _creating = self.creating.lock().await;
+        if !self.containers().is_empty() && !req.now {
             // As containerd expects: only the last one out turns off the light.
             return Ok(Empty::new());
         }
-        if let Some(container) = held.take() {
-            container.end(self.discard).await;
-        }
+        self.end_all().await;
         self.leave.send_replace(true);
         Ok(Empty::new())
     }

@@ -12,6 +12,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
 use rustix::thread::UnshareFlags;
 use std::convert::Infallible;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,8 @@ pub struct ServeShare {
     pub listener: OwnedFd,
     /// Nothing may be changed.
     pub read_only: bool,
+    /// Nothing of it may be changed but what is mounted in it later.
+    pub read_only_base: bool,
 }
 
 /// Becomes the server of a share.
@@ -45,7 +48,7 @@ pub fn serve_share(share: &ServeShare) -> anyhow::Result<Infallible> {
     let tree = clone_of(&share.source)?;
     let stat = rustix::fs::fstat(&tree)?;
     let is_directory = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir();
-    restrict(&tree, share.read_only)?;
+    restrict(&tree, share.read_only || share.read_only_base)?;
     match is_directory {
         true => attach(&tree, &share.place)?,
         false => attach_alone(&tree, &share.place)?,
@@ -105,12 +108,21 @@ const ATTR_NOSUID: u64 = 0x2;
 const ATTR_NODEV: u64 = 0x4;
 
 /// What virtiofsd itself can't do with the mount and all below it, whatever the guest makes of it.
-fn restrict(tree: &OwnedFd, read_only: bool) -> anyhow::Result<()> {
+pub(super) fn restrict_tree(tree: &OwnedFd, read_only: bool) -> io::Result<()> {
     let read_only = if read_only { ATTR_RDONLY } else { 0 };
     set_attributes(tree, ATTR_NOSUID | ATTR_NODEV | read_only, true)
 }
 
-fn set_attributes(tree: &OwnedFd, set: u64, recursive: bool) -> anyhow::Result<()> {
+/// Makes the mount read-only, and none below it.
+pub(super) fn make_read_only(tree: &OwnedFd) -> io::Result<()> {
+    set_attributes(tree, ATTR_RDONLY, false)
+}
+
+fn restrict(tree: &OwnedFd, read_only: bool) -> anyhow::Result<()> {
+    restrict_tree(tree, read_only).context("can't restrict the mount")
+}
+
+fn set_attributes(tree: &OwnedFd, set: u64, recursive: bool) -> io::Result<()> {
     let attr = MountAttr {
         set,
         clear: 0,
@@ -130,7 +142,7 @@ fn set_attributes(tree: &OwnedFd, set: u64, recursive: bool) -> anyhow::Result<(
         )
     };
     if result != 0 {
-        return Err(std::io::Error::last_os_error()).context("can't restrict the mount");
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }
@@ -152,7 +164,7 @@ fn attach_alone(tree: &OwnedFd, place: &Path) -> anyhow::Result<()> {
     attach(tree, &file)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let empty = rustix::fs::open(place, flags, Mode::empty()).with_context(what)?;
-    set_attributes(&empty, ATTR_RDONLY, false)
+    make_read_only(&empty).context("can't restrict the mount")
 }
 
 fn command(share: &ServeShare, is_root: bool) -> Command {

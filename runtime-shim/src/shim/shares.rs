@@ -1,6 +1,7 @@
 //! The host's directories in a sandbox: one process of virtiofsd for each, started, watched and ended.
 
 use super::bounds::Bounds;
+use super::places::{PlaceError, Places};
 use super::vm::{Ended, Killer, printable, wait_end};
 use crate::fds;
 use crate::journal::Journal;
@@ -22,6 +23,8 @@ use tokio::task::JoinHandle;
 
 /// The role of such a process in the journal.
 pub(super) const ROLE: &str = "virtiofsd";
+/// Where in the sandbox's directory shares' own roots are; beside them they are mounted.
+const ROOTS: &str = "shared";
 /// Bytes kept of what one prints: it says why it ends.
 const MAX_WORDS: usize = 4096;
 /// How long one may take to notice that its VM is gone, and a VM to be found gone when its share is.
@@ -40,6 +43,7 @@ pub(super) struct ShareError {
 pub(super) struct Server {
     child: Child,
     source: PathBuf,
+    is_pods: bool,
     said: File,
     /// Connected to it; for the VMM.
     socket: OwnedFd,
@@ -70,6 +74,15 @@ impl Server {
             }
             _ => {}
         }
+        // A pod's begins with nothing in it.
+        let own = dir.join(ROOTS).join(&share.tag);
+        let source = match share.is_pods {
+            true => {
+                std::fs::create_dir_all(&own).map_err(error("make its directory"))?;
+                &own
+            }
+            false => &share.source,
+        };
         let (listener, socket) = socket_pair(&dir.join(format!("{}.sock", share.tag)))
             .map_err(error("make a socket"))?;
         let said = fds::bounded_file("virtiofsd-stderr", MAX_WORDS as u64)
@@ -80,7 +93,7 @@ impl Server {
         let mut command = Command::new("/proc/self/exe");
         command
             .arg("--share")
-            .arg(&share.source)
+            .arg(source)
             .arg("--place")
             .arg(&place)
             .arg("--virtiofsd")
@@ -89,6 +102,9 @@ impl Server {
             .arg(listener.as_raw_fd().to_string());
         if share.read_only {
             command.arg("--read-only");
+        }
+        if share.is_pods {
+            command.arg("--read-only-base");
         }
         command
             .env_clear()
@@ -103,7 +119,8 @@ impl Server {
         let _ = journal.record_process(ROLE, child.id() as i32);
         Ok(Self {
             child,
-            source: share.source.clone(),
+            source: source.clone(),
+            is_pods: share.is_pods,
             said,
             socket,
             tag: share.tag.clone(),
@@ -135,10 +152,12 @@ impl Server {
         let Self {
             child,
             source,
+            is_pods,
             said,
             socket,
             tag: _,
         } = self;
+        let pods = is_pods.then(|| (source.clone(), child.id()));
         drop(socket);
         let said = Said { source, file: said };
         let watcher = Watcher {
@@ -149,6 +168,7 @@ impl Server {
         Ok(Watched {
             task: tokio::spawn(watcher.run(killer, ended)),
             said,
+            pods,
         })
     }
 }
@@ -165,12 +185,20 @@ impl Drop for Watcher {
 pub(super) struct Watched {
     task: JoinHandle<()>,
     said: Said,
+    /// A pod's: its root on the host, and the process.
+    pods: Option<(PathBuf, u32)>,
 }
 
 impl Watched {
     /// Waits until the process is gone; its VM must be, too.
     pub(super) async fn gone(&mut self) {
         let _ = (&mut self.task).await;
+    }
+
+    /// The places in it, if it is a pod's.
+    pub(super) fn places(&self) -> Option<Result<Places, PlaceError>> {
+        let (root, process) = self.pods.as_ref()?;
+        Some(Places::new(root.clone(), *process))
     }
 
     /// What it complained of, on a line of its own, unless that was `told` already.

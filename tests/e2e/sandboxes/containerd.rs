@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 use casemate_tests::{Finished, Host, Running, machine, paths};
 use rustix::process::Signal;
 
-const IMAGE: &str = "docker.io/library/busybox:latest";
-const RUNTIME: &str = "io.containerd.casemate.v2";
-const SHIM: &str = "containerd-shim-casemate-v2";
+pub(crate) const IMAGE: &str = "docker.io/library/busybox:latest";
+pub(crate) const RUNTIME: &str = "io.containerd.casemate.v2";
+pub(crate) const SHIM: &str = "containerd-shim-casemate-v2";
 
 /// A containerd of the test's own.
-struct Engine<'a> {
+pub(crate) struct Engine<'a> {
     host: &'a Host,
     daemon: Option<Running>,
 }
 
 impl<'a> Engine<'a> {
-    fn start(host: &'a Host) -> Self {
+    pub(crate) fn start(host: &'a Host) -> Self {
         let dir = host.dir().join("containerd");
         let at = |name: &str| dir.join(name).display().to_string();
         let config = format!(
@@ -40,7 +40,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Starts the daemon and waits until it answers.
-    fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         let mut command = Command::new("containerd");
         self.host.prepare(&mut command);
         let path = std::env::join_paths([
@@ -62,22 +62,22 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn end(&mut self, signal: Signal) {
+    pub(crate) fn end(&mut self, signal: Signal) {
         if let Some(mut daemon) = self.daemon.take() {
             daemon.gets(signal);
             daemon.ends();
         }
     }
 
-    fn start_ctr<const N: usize>(&self, args: [&str; N]) -> Running {
+    pub(crate) fn start_ctr(&self, args: &[&str]) -> Running {
         let mut command = Command::new("ctr");
         self.host.prepare(&mut command);
         command.args(["--address", "containerd/c.sock"]).args(args);
         Running::start(command)
     }
 
-    fn ctr<const N: usize>(&self, args: [&str; N]) -> Finished {
-        self.start_ctr(args).ends()
+    pub(crate) fn ctr<const N: usize>(&self, args: [&str; N]) -> Finished {
+        self.start_ctr(&args).ends()
     }
 
     /// `ctr run --rm` of a shell's script.
@@ -139,7 +139,7 @@ fn ctr_runs_a_container_on_a_kernel_of_its_own() {
 fn ctr_sees_the_whole_life_of_a_task() {
     let host = Host::new();
     let mut engine = Engine::start(&host);
-    let mut events = engine.start_ctr(["events"]);
+    let mut events = engine.start_ctr(&["events"]);
     engine.waits("one");
     engine
         .ctr([

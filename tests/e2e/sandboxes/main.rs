@@ -26,6 +26,7 @@ mod metadata;
 mod network;
 mod options;
 mod overview;
+mod pods;
 mod process;
 mod resources;
 mod security;
