@@ -149,12 +149,15 @@ impl Place<'_> {
             options: options.iter().map(|o| (*o).to_owned()).collect(),
             ..Default::default()
         };
-        let mut mounts = vec![mount("virtiofs", POD_SHARE, share_of(id), &["rw"])];
-        if self.joins.is_none() {
-            let options = ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE];
-            mounts.push(mount("tmpfs", SHM, self.shm(), &options));
+        if self.joins.is_some() {
+            // Linux 6.12, asked to mount a tag again, may give the file system of a mount within the share.
+            return vec![mount("bind", &share_of(self.sandbox), share_of(id), &[])];
         }
-        mounts
+        let shm = ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE];
+        vec![
+            mount("virtiofs", POD_SHARE, share_of(id), &["rw"]),
+            mount("tmpfs", SHM, self.shm(), &shm),
+        ]
     }
 
     /// The container's root; `None`: it is on disks.
