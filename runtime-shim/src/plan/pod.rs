@@ -149,12 +149,15 @@ impl Place<'_> {
             options: options.iter().map(|o| (*o).to_owned()).collect(),
             ..Default::default()
         };
-        let mut mounts = vec![mount("virtiofs", POD_SHARE, share_of(id), &["rw"])];
-        if self.joins.is_none() {
-            let options = ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE];
-            mounts.push(mount("tmpfs", SHM, self.shm(), &options));
+        if self.joins.is_some() {
+            // Linux 6.12, asked to mount a tag again, may give the file system of a mount within the share.
+            return vec![mount("bind", &share_of(self.sandbox), share_of(id), &[])];
         }
-        mounts
+        let shm = ["nosuid", "nodev", "noexec", "mode=1777", SHM_SIZE];
+        vec![
+            mount("virtiofs", POD_SHARE, share_of(id), &["rw"]),
+            mount("tmpfs", SHM, self.shm(), &shm),
+        ]
     }
 
     /// The container's root; `None`: it is on disks.
@@ -307,5 +310,276 @@ pub(super) fn bind(number: usize, source: PathBuf, options: &[String], found: Fo
             recursive: found == Found::Directory && has("rbind"),
             read_only,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Defaults, Host, Plan, join, plan};
+    use super::*;
+    use serde_json::{Value, json};
+
+    const HOST: Host = Host {
+        cpus: 4,
+        memory: 8 << 30,
+    };
+    const DEFAULTS: Defaults = Defaults {
+        memory: 512 << 20,
+        cpus: 1,
+    };
+
+    fn look(path: &Path) -> Found {
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("dir") => Found::Directory,
+            Some("file") => Found::File,
+            _ => Found::Nothing,
+        }
+    }
+
+    fn spec(kind: &str, namespaces: Value, mounts: Value, more: &[(&str, &str)]) -> Spec {
+        let mut annotations = json!({
+            "io.kubernetes.cri.container-type": kind,
+            "io.kubernetes.cri.sandbox-id": "p",
+        });
+        for (key, value) in more {
+            annotations[key] = json!(value);
+        }
+        serde_json::from_value(json!({
+            "ociVersion": "1.1.0",
+            "hostname": "pod",
+            "root": {"path": "rootfs"},
+            "mounts": mounts,
+            "annotations": annotations,
+            "linux": {"namespaces": namespaces, "resources": {"cpu": {"shares": 2}}},
+        }))
+        .unwrap()
+    }
+
+    fn own() -> Value {
+        json!([
+            {"type": "mount"}, {"type": "pid"}, {"type": "ipc"}, {"type": "uts"},
+            {"type": "network", "path": "/run/netns/n"},
+        ])
+    }
+
+    fn overlay() -> Vec<RootfsMount> {
+        vec![RootfsMount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: vec!["lowerdir=/l".into(), "upperdir=/u".into()],
+        }]
+    }
+
+    fn first(spec: &Spec, rootfs: &[RootfsMount]) -> Result<Plan, PlanError> {
+        plan("p", Path::new("/b"), spec, rootfs, HOST, DEFAULTS, look)
+    }
+
+    fn member(
+        namespaces: Value,
+        mounts: Value,
+        rootfs: &[RootfsMount],
+    ) -> Result<Inside, PlanError> {
+        let of_first = namespaces_of(&own());
+        let joins = Joins {
+            namespaces: &of_first,
+            host_pid: 77,
+            guest_pid: 9,
+        };
+        let place = Place {
+            sandbox: "p",
+            directory: "c1",
+            joins: Some(&joins),
+        };
+        let spec = spec("container", namespaces, mounts, &[]);
+        join("c", Path::new("/b"), &spec, rootfs, &place, look)
+    }
+
+    fn namespaces_of(value: &Value) -> Vec<LinuxNamespace> {
+        serde_json::from_value(value.clone()).unwrap()
+    }
+
+    #[test]
+    fn role_is_in_either_engines_words() {
+        let of = |pairs: &[(&str, &'static str)]| {
+            let pairs: Vec<_> = pairs.iter().map(|(k, v)| ((*k).to_owned(), *v)).collect();
+            Role::of(move |key| pairs.iter().find(|(k, _)| k == key).map(|(_, v)| *v))
+        };
+        assert_eq!(of(&[]), Role::Alone);
+        assert_eq!(of(&[(CONTAINER_TYPE[0], "sandbox")]), Role::Sandbox);
+        assert_eq!(of(&[(CONTAINER_TYPE[1], "sandbox")]), Role::Sandbox);
+        assert_eq!(of(&[(CONTAINER_TYPE[0], "container")]), Role::Alone);
+        for n in [0, 1] {
+            let role = of(&[(CONTAINER_TYPE[n], "container"), (SANDBOX_ID[n], "p")]);
+            assert_eq!(role, Role::Member("p".into()));
+        }
+    }
+
+    #[test]
+    fn sandbox_has_one_share_for_its_root_and_all_that_it_binds() {
+        let mounts = json!([
+            {"destination": "/dev/shm", "type": "bind", "source": "/s/shm.dir", "options": ["rbind", "ro"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/s/hosts.file", "options": ["rbind", "ro"]},
+        ]);
+        let plan = first(&spec("sandbox", own(), mounts, &[]), &overlay()).unwrap();
+        assert!(plan.disks.is_empty() && plan.is_lasting());
+        assert_eq!(plan.shares.len(), 1);
+        assert!(plan.shares[0].is_pods);
+        assert_eq!(plan.netns.as_deref(), Some(Path::new("/run/netns/n")));
+        assert_eq!(plan.inside.rootfs, "/run/casemate/p/pod/c0/rootfs");
+        let kinds: Vec<_> = plan
+            .inside
+            .mounts
+            .iter()
+            .map(|m| m.type_.as_str())
+            .collect();
+        assert_eq!(kinds, ["virtiofs", "tmpfs"]);
+        let placed = &plan.inside.placed;
+        assert_eq!(placed[0].what, What::Mount(overlay().remove(0)));
+        assert_eq!(placed[1].name, "bind1");
+        assert_eq!(placed.len(), 2);
+        let mounts = plan.inside.guest_spec.mounts().clone().unwrap();
+        assert_eq!(
+            mounts[0].source().as_deref(),
+            Some(Path::new("/run/casemate/p/shm"))
+        );
+        assert_eq!(
+            mounts[1].source().as_deref(),
+            Some(Path::new("/run/casemate/p/pod/c0/bind1"))
+        );
+        // The guest's network is the pod's; the pause container's weight isn't the pod's.
+        let left = namespaces(&plan.inside.guest_spec);
+        assert!(
+            left.iter()
+                .all(|n| n.typ() != Kind::Network && n.path().is_none())
+        );
+        assert_eq!(plan.limits.shares, None);
+    }
+
+    #[test]
+    fn sandbox_is_sized_by_what_the_cri_says_of_its_pod() {
+        let key = |name| format!("io.kubernetes.cri.sandbox-{name}");
+        let (memory, quota, period) = (key("memory"), key("cpu-quota"), key("cpu-period"));
+        let sized = |pairs: &[(&str, &str)]| {
+            first(&spec("sandbox", own(), json!([]), pairs), &overlay())
+                .map(|plan| (plan.memory_mib, plan.vcpus))
+        };
+        assert_eq!(sized(&[]), Ok((512, 1)));
+        let zero = [(&*memory, "0"), (&*quota, "0"), (&*period, "nonsense")];
+        assert_eq!(sized(&zero), Ok((512, 1)));
+        let two = [
+            (&*memory, "134217728"),
+            (&*quota, "150000"),
+            (&*period, "100000"),
+        ];
+        assert_eq!(sized(&two), Ok((170, 2)));
+        assert!(sized(&[(&*quota, "900000"), (&*period, "100000")]).is_err());
+        assert!(sized(&[(&*memory, "9223372036854775807")]).is_err());
+    }
+
+    #[test]
+    fn member_joins_the_namespaces_that_are_its_sandboxs_and_no_others() {
+        let joined = json!([
+            {"type": "mount"}, {"type": "pid"},
+            {"type": "ipc", "path": "/proc/77/ns/ipc"},
+            {"type": "uts", "path": "/proc/77/ns/uts"},
+            {"type": "network", "path": "/proc/77/ns/net"},
+        ]);
+        let inside = member(joined.clone(), json!([]), &overlay()).unwrap();
+        assert_eq!(inside.rootfs, "/run/casemate/c/pod/c1/rootfs");
+        assert!(!inside.shares_pids);
+        assert_eq!(inside.guest_spec.hostname(), &None);
+        assert_eq!(
+            namespaces(&inside.guest_spec),
+            namespaces_of(&json!([
+                {"type": "mount"}, {"type": "pid"},
+                {"type": "ipc", "path": "/proc/9/ns/ipc"},
+                {"type": "uts", "path": "/proc/9/ns/uts"},
+            ]))
+        );
+        let mut by_name = joined.clone();
+        by_name[4]["path"] = json!("/run/netns/n");
+        by_name[1]["path"] = json!("/proc/77/ns/pid");
+        assert!(member(by_name, json!([]), &overlay()).unwrap().shares_pids);
+        for (index, path) in [
+            (2, "/proc/1/ns/ipc"),
+            (2, "/proc/77/ns/uts"),
+            (3, "/proc/77/../77/ns/uts"),
+            (4, "/run/netns/other"),
+            (1, "/proc/self/ns/pid"),
+            (0, "/proc/1/ns/mnt"),
+        ] {
+            let mut other = joined.clone();
+            other[index]["path"] = json!(path);
+            let result = member(other, json!([]), &overlay());
+            assert!(matches!(result, Err(PlanError::Namespace { .. })), "{path}");
+        }
+        let without = json!([{"type": "mount"}, {"type": "pid"}, {"type": "network"}]);
+        let result = member(without, json!([]), &overlay());
+        assert_eq!(result, Err(PlanError::HostNamespace(Kind::Ipc)));
+    }
+
+    #[test]
+    fn member_binds_are_placed_as_writable_as_they_are_to_be() {
+        let bind = |source: &str, options: &[&str]| json!({"destination": "/x", "type": "bind", "source": source, "options": options});
+        let mounts = json!([
+            bind("/v.dir", &["rbind", "rw"]),
+            bind("/v.dir", &["rbind", "ro"]),
+            bind("/v.dir", &["rbind", "rro"]),
+            bind("/log.file", &["bind"]),
+        ]);
+        let inside = member(own(), mounts, &overlay()).unwrap();
+        let placed: Vec<_> = inside.placed[1..]
+            .iter()
+            .map(|placed| match &placed.what {
+                What::Bind {
+                    recursive,
+                    read_only,
+                    ..
+                } => (placed.name.as_str(), *recursive, *read_only),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(
+            placed,
+            [
+                ("bind0", true, ReadOnly::Writable),
+                ("bind1", true, ReadOnly::Top),
+                ("bind2", true, ReadOnly::Recursive),
+                ("bind3", false, ReadOnly::Writable),
+            ]
+        );
+        let host_shm = json!([{"destination": "/dev/shm", "type": "bind", "source": "/dev/shm"}]);
+        let result = member(own(), host_shm, &overlay());
+        assert_eq!(result, Err(PlanError::HostNamespace(Kind::Ipc)));
+        let missing = json!([bind("/no/such", &[])]);
+        assert!(matches!(
+            member(own(), missing, &overlay()),
+            Err(PlanError::Bind { .. })
+        ));
+    }
+
+    #[test]
+    fn member_with_disks_and_member_without_sandbox_are_refused() {
+        let disk = RootfsMount {
+            kind: "ext4".into(),
+            source: "/disk".into(),
+            options: Vec::new(),
+        };
+        let on_disk = member(own(), json!([]), std::slice::from_ref(&disk));
+        assert_eq!(on_disk, Err(PlanError::MemberDisks));
+        let volume = json!([{"destination": "/v", "type": "ext4", "source": "/disk"}]);
+        assert_eq!(
+            member(own(), volume, &overlay()),
+            Err(PlanError::MemberDisks)
+        );
+        let alone = spec("container", own(), json!([]), &[]);
+        assert_eq!(
+            first(&alone, &overlay()),
+            Err(PlanError::NoSandbox("p".into()))
+        );
+        // A pod's first container can have its root on a disk.
+        let plan = first(&spec("sandbox", own(), json!([]), &[]), &[disk]).unwrap();
+        assert_eq!((plan.disks.len(), plan.shares.len()), (1, 1));
+        assert_eq!(plan.inside.rootfs, "/run/casemate/p/rootfs");
     }
 }

@@ -2,8 +2,9 @@
 
 use std::fs;
 
+use std::time::{Duration, Instant};
 
-use casemate_tests::{Finished, Host};
+use casemate_tests::{Finished, Host, machine};
 use rustix::process::Signal;
 
 use super::containerd::{Engine, IMAGE, RUNTIME, SHIM};
@@ -139,6 +140,110 @@ fn containers_of_a_pod_share_a_guest_and_have_roots_of_their_own() {
         pod.remove("pod");
     }
     engine.ctr(["task", "ls", "-q"]).succeeds().prints("");
+    engine.end(Signal::TERM);
+    host.is_clean();
+}
+
+#[test]
+fn a_pods_end_is_that_of_its_containers_and_what_is_not_the_pods_is_refused() {
+    let host = Host::new();
+    let mut engine = Engine::start(&host);
+    {
+        let orphan = run(&engine, "container", &["--rm"], "orphan", "true");
+        orphan.fails().complains_of("the sandbox pod does not run");
+        let pod = Pod::start(&engine, &[]);
+        let sees = "echo $$ > /pid; test $$ != 1 && ps | grep -c 'sleep 10000[0]'";
+        let pids = format!("pid:/proc/{}/ns/pid", pod.pid);
+        pod.run(&["--rm", "--with-ns", &pids], "looks", sees)
+            .succeeds()
+            .prints("1\n");
+        for (options, why) in [
+            (
+                ["--with-ns", "pid:/proc/1/ns/pid"],
+                "is not that of the container's sandbox",
+            ),
+            (
+                ["--with-ns", "pid:/run/../proc/self/ns/pid"],
+                "is not that of the container's sandbox",
+            ),
+            (
+                [
+                    "--mount",
+                    "type=bind,src=/dev/shm,dst=/dev/shm,options=rbind",
+                ],
+                "ipc namespace can't be had",
+            ),
+            (
+                ["--mount", "type=bind,src=/no/such,dst=/x,options=rbind"],
+                "does not exist",
+            ),
+            (
+                ["--mount", "type=ext4,src=/dev/null,dst=/x,options=rw"],
+                "can't have disks",
+            ),
+            (
+                ["--annotation", "io.kubernetes.cri.sandbox-id=../pod"],
+                "is no sandbox's id",
+            ),
+            (
+                ["--annotation", "io.kubernetes.cri.container-type=sandbox"],
+                "",
+            ),
+        ] {
+            let options = [&["--rm"], &options[..]].concat();
+            let refused = pod.run(&options, "odd", "true");
+            if why.is_empty() {
+                // It is another pod's first, and has no business with the namespaces of this one.
+                refused.succeeds();
+            } else {
+                refused.fails().complains_of(why);
+            }
+        }
+        pod.run(&["--detach"], "web", "sleep 200000").succeeds();
+        engine
+            .ctr(["task", "kill", "-s", "SIGKILL", "pod"])
+            .succeeds();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while engine.ctr(["task", "ls"]).text().contains("RUNNING") {
+            assert!(Instant::now() < deadline, "a container outlives its pod");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        pod.run(&[], "late", "true")
+            .fails()
+            .complains_of("that has ended");
+        engine.ctr(["container", "rm", "late"]).succeeds();
+        pod.remove("pod");
+        pod.remove("web");
+    }
+    engine.ctr(["container", "ls", "-q"]).succeeds().prints("");
+    engine.end(Signal::TERM);
+    host.is_clean();
+}
+
+#[test]
+fn a_pod_outlives_containerd_and_everything_is_given_back_after_its_shim() {
+    let host = Host::new();
+    let mut engine = Engine::start(&host);
+    {
+        let pod = Pod::start(&engine, &[]);
+        pod.run(&["--detach"], "web", "sleep 200000").succeeds();
+    }
+    engine.end(Signal::KILL);
+    engine.begin();
+    for name in ["pod", "web"] {
+        let args = ["task", "exec", "--exec-id", "e", name, "echo", "still here"];
+        engine.ctr(args).succeeds().prints("still here\n");
+    }
+    machine::kill(&host.processes(SHIM));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while engine.ctr(["task", "ls"]).text().contains("RUNNING") {
+        assert!(Instant::now() < deadline, "a dead shim's task runs");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    for name in ["web", "pod"] {
+        let _ = engine.ctr(["task", "delete", "--force", name]);
+        engine.ctr(["container", "rm", name]).succeeds();
+    }
     engine.end(Signal::TERM);
     host.is_clean();
 }
