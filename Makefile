@@ -19,7 +19,7 @@ TRIPLE  := x86_64-unknown-linux-gnu
 STATIC  := RUSTFLAGS="-C target-feature=+crt-static" CARGO_TARGET_DIR=target/static cargo build --locked --quiet --release --target $(TRIPLE)
 GUEST   := RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" CARGO_TARGET_DIR=target/guest cargo build --locked --quiet --profile agent --target $(TRIPLE)
 
-.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e inside posix faults gate fuzz bench reproduce install uninstall clean
+.PHONY: all build help setup setup-test kernel binaries virtiofsd demo test lint unit e2e inside posix conformance faults gate fuzz bench reproduce install uninstall clean
 
 all: build
 
@@ -67,12 +67,16 @@ lint: setup-test
 	cargo fmt --all --check
 	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
-	shellcheck -s sh tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
+	shellcheck -s sh tests/take-tests tests/inside/* tests/posix/image tests/posix/many tests/posix/on-host tests/posix/run scripts/pjdfstest
+	shellcheck -s sh tests/conformance/deploy tests/conformance/images tests/conformance/on-host tests/conformance/run tests/conformance/summary tests/conformance/tools
+	shellcheck runtime-shim/deploy/install
+	test -z "$$(PATH=$$PATH:/usr/local/go/bin gofmt -l tests/conformance)"
 	shellcheck docs/ci/casemate-job docs/ci/gitlab/config docs/ci/gitlab/prepare docs/ci/gitlab/run docs/ci/gitlab/cleanup
 	$${XDG_CACHE_HOME:-$$HOME/.cache}/casemate/tools/bin/cargo-deny --offline check bans licenses sources
 
 unit: setup-test
 	cargo test --workspace --features casemate-tests/bench --quiet
+	tests/conformance/deploy
 
 e2e: setup-test build ## the end-to-end tests, on the KVM host
 	tests/kvm-host/selftest
@@ -85,6 +89,9 @@ inside: setup-test build ## Docker's daemon, podman and systemd, each in a conta
 
 posix: setup-test build ## pjdfstest and 100,000 files on binds; writes target/posix/summary.json
 	tests/posix/run $(POSIX_KINDS)
+
+conformance: setup-test build ## critest against several containerds, with casemate and with runc; writes target/conformance/summary.json
+	tests/conformance/run $(foreach name,$(CONFORMANCE_CONFIGS),--config $(name)) $(foreach name,$(CONFORMANCE_HANDLERS),--handler $(name))
 
 faults: setup-test build ## FAULT_POINTS=200 FAULT_CYCLES=1000 FAULT_SEED=1
 	tests/run-faults --points $(or $(FAULT_POINTS),200) --cycles $(or $(FAULT_CYCLES),1000) --seed $(or $(FAULT_SEED),1)

@@ -1,13 +1,15 @@
-//! Generates the ttrpc client and server of `proto/agent.proto`.
+//! Generates the ttrpc client and server of `proto/agent.proto`, and the messages of `proto/cri.proto`.
 
 #[cfg(feature = "rpc")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-    println!("cargo::rerun-if-changed=proto/agent.proto");
+    for file in ["agent", "cri"] {
+        println!("cargo::rerun-if-changed=proto/{file}.proto");
+    }
     Codegen::new()
         .out_dir(std::env::var("OUT_DIR")?)
-        .input("proto/agent.proto")
+        .inputs(["proto/agent.proto", "proto/cri.proto"])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
@@ -22,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let module = |name: &str| format!("#[path = \"{dir}/{name}.rs\"]\npub mod {name};\n");
     std::fs::write(
         format!("{dir}/mod.rs"),
-        module("agent") + &module("agent_ttrpc"),
+        module("agent") + &module("agent_ttrpc") + &module("cri"),
     )?;
     Ok(())
 }

@@ -9,7 +9,9 @@
 //! | `container` | spec to processes: plan, fork, the child's way, mounts |
 //! | `cgroup`, `seccomp` | limits and filters |
 //! | `conn`, `pump`, `control` | streams to the host |
+//! | `forward` | connections of the host to the guest's loopback |
 //! | `network`, `names` | interfaces, addresses, routes; the containers' resolver |
+//! | `pause` | what holds the namespaces of a pod without an image for it |
 //! | `reaper`, `boot` | PID 1's duties |
 
 mod arch;
@@ -19,8 +21,10 @@ mod conn;
 mod container;
 mod control;
 mod error;
+mod forward;
 mod names;
 mod network;
+mod pause;
 mod pump;
 mod reaper;
 pub mod seccomp;
@@ -31,6 +35,7 @@ pub use boot::{end_guest, log, log_panics};
 pub use conn::{Conn, Host};
 pub use container::{check_process, check_resources, check_spec};
 pub use error::{Error, Kind, Result};
+pub use pause::pause;
 pub use server::serve;
 
 /// CLOCK_MONOTONIC in nanoseconds.

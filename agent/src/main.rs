@@ -1,11 +1,15 @@
-//! `/init` of the guest.
+//! `/init` of the guest; `/init pause` in a container of it.
 
 use anyhow::Context as _;
-use casemate_agent::{Host, end_guest, log, log_panics, monotonic_ns, serve};
-use casemate_protocol::{CONTROL_PORT, HOST_CID, power};
+use casemate_agent::{Host, end_guest, log, log_panics, monotonic_ns, pause, serve};
+use casemate_protocol::{CONTROL_PORT, HOST_CID, PAUSE, power};
+use std::process::ExitCode;
 
-fn main() {
+fn main() -> ExitCode {
     let main_ns = monotonic_ns();
+    if std::env::args_os().nth(1).is_some_and(|what| what == PAUSE) {
+        return ExitCode::from(u8::from(pause().is_err()));
+    }
     log_panics();
     match run(main_ns) {
         Ok(()) => end_guest(power::OFF),
@@ -15,6 +19,7 @@ fn main() {
             end_guest(power::RESET);
         }
     }
+    ExitCode::FAILURE // not a guest after all
 }
 
 fn run(main_ns: u64) -> anyhow::Result<()> {

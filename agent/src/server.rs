@@ -17,7 +17,7 @@ use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::reaper::Reaper;
 use crate::sys;
-use crate::{names, network};
+use crate::{forward, names, network};
 
 /// Most containers of a sandbox; a pod has a handful.
 const MAX_CONTAINERS: usize = 1024;
@@ -326,6 +326,15 @@ impl Agent for Service {
             oom_kills: s.oom_kills,
             ..Default::default()
         })
+    }
+
+    async fn forward(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ForwardRequest,
+    ) -> ttrpc::Result<Empty> {
+        forward::forward(&self.host, request.port, request.stream_port).await?;
+        Ok(Empty::new())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -11,7 +11,7 @@ mod generated {
 }
 
 #[cfg(feature = "rpc")]
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, cri};
 pub use shares::weight_of_shares;
 
 #[cfg(feature = "netlink")]
@@ -41,6 +41,12 @@ pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 
 /// Largest ttrpc message either side accepts, in bytes (ttrpc's own limit).
 pub const MAX_MESSAGE: usize = 4 << 20;
+
+/// The agent's program, seen from the guest's root.
+pub const INIT: &str = "/init";
+
+/// Its argument where it only holds a pod's namespaces.
+pub const PAUSE: &str = "pause";
 
 /// Directory in the guest below which everything of a container is mounted.
 pub const GUEST_RUN_DIR: &str = "/run/casemate";

@@ -117,13 +117,20 @@ const MAX_FILE: u64 = 1 << 20;
 impl Settings {
     /// Reads the files that exist; absent files cost one failed open each.
     pub fn load() -> Result<Self, SettingsError> {
-        let mut file = File::default();
-        for path in paths::config_files() {
-            if let Some(text) = read_if_there(&path)? {
-                file = merge(file, parse(&path, &text)?);
-            }
+        Self::from_file(of_the_host()?)
+    }
+
+    /// The same with a file of keys for some sandboxes only: `text` is its content, `path` what it is called. Where the state is
+    /// can't be among them, as whoever tidies up doesn't know them.
+    pub fn load_with(path: &Path, text: &str) -> Result<Self, SettingsError> {
+        let over = parse(path, text)?;
+        if over.state_dir.is_some() {
+            return Err(SettingsError::Parse {
+                path: path.to_owned(),
+                message: "state_dir can be set for all sandboxes only".to_owned(),
+            });
         }
-        Self::from_file(file)
+        Self::from_file(merge(of_the_host()?, over))
     }
 
     /// Where CNI plugins are.
@@ -169,6 +176,17 @@ impl Settings {
             image: file.image,
         })
     }
+}
+
+/// What all files say that are for the whole host, or for the whole of a user.
+fn of_the_host() -> Result<File, SettingsError> {
+    let mut file = File::default();
+    for path in paths::config_files() {
+        if let Some(text) = read_if_there(&path)? {
+            file = merge(file, parse(&path, &text)?);
+        }
+    }
+    Ok(file)
 }
 
 fn read_if_there(path: &Path) -> Result<Option<String>, SettingsError> {
@@ -265,6 +283,18 @@ mod tests {
         let text = error.to_string();
         assert!(
             text.contains("kernle") && text.contains("/x/config.toml"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn load_with_more_keys_lets_them_win_and_leaves_the_state_where_it_is() {
+        let path = Path::new("/x/pods.toml");
+        assert_eq!(Settings::load_with(path, "cpus = 2").unwrap().cpus, 2);
+        let error = Settings::load_with(path, "state_dir = \"/x\"").unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("state_dir") && text.contains("/x/pods.toml"),
             "{text}"
         );
     }

@@ -27,6 +27,21 @@ struct Options {
     cycles: usize,
     seed: u64,
     only: Option<Range<usize>>,
+    /// Which of how many equal shares is ours: several hosts may have a part each.
+    share: (usize, usize),
+}
+
+impl Options {
+    fn has(&self, point: usize) -> bool {
+        let (ours, of) = self.share;
+        let is_wanted = self.only.as_ref().is_none_or(|only| only.contains(&point));
+        is_wanted && point % of == ours
+    }
+
+    fn own_cycles(&self) -> usize {
+        let (ours, of) = self.share;
+        self.cycles / of + usize::from(ours < self.cycles % of)
+    }
 }
 
 fn options() -> anyhow::Result<Options> {
@@ -35,6 +50,7 @@ fn options() -> anyhow::Result<Options> {
         cycles: 1000,
         seed: 1,
         only: None,
+        share: (0, 1),
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -49,8 +65,16 @@ fn options() -> anyhow::Result<Options> {
                 let (first, last) = value.split_once('-').unwrap_or((&value, &value));
                 options.only = Some(first.parse()?..last.parse::<usize>()? + 1);
             }
+            "--share" => {
+                let (ours, of) = value
+                    .split_once('/')
+                    .context("--share is of the form K/N")?;
+                options.share = (ours.parse()?, of.parse()?);
+                let (ours, of) = options.share;
+                anyhow::ensure!(ours < of, "--share {value}: there is no such share");
+            }
             _ => bail!(
-                "unknown option {name}: there are --points, --cycles, --seed and --only FIRST-LAST"
+                "unknown option {name}: there are --points, --cycles, --seed, --only FIRST-LAST and --share K/N"
             ),
         }
     }
@@ -59,16 +83,18 @@ fn options() -> anyhow::Result<Options> {
 
 fn main() -> anyhow::Result<ExitCode> {
     let options = options()?;
+    let (ours, of) = options.share;
     println!(
-        "{} points of seed {}, {} cycles",
+        "{} points of seed {}, {} cycles; of these the share {ours} of {of}",
         options.points, options.seed, options.cycles
     );
     let mut failed = 0;
     if options.points > 0 {
         failed += points(&options);
     }
-    if options.cycles > 0 {
-        failed += usize::from(catch_unwind(|| cycles(options.cycles)).is_err());
+    let own = options.own_cycles();
+    if own > 0 {
+        failed += usize::from(catch_unwind(|| cycles(own)).is_err());
     }
     println!("{failed} failed");
     Ok(ExitCode::from(u8::from(failed > 0)))
@@ -81,11 +107,7 @@ fn points(options: &Options) -> usize {
     let (mut failed, mut missed) = (0, 0);
     let begun = Instant::now();
     for point in plan::points(options.seed, options.points) {
-        if options
-            .only
-            .as_ref()
-            .is_some_and(|only| !only.contains(&point.number))
-        {
+        if !options.has(point.number) {
             continue;
         }
         let begun_point = Instant::now();

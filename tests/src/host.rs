@@ -1,12 +1,13 @@
 //! A host: its own store, state, home and configuration; commands run on it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
 
 use crate::command::{Finished, Running};
@@ -24,6 +25,8 @@ pub struct Host {
     user: Option<u32>,
     /// Nothing says where state and data are: they are where a user's are.
     plain: bool,
+    /// It was looked at, and nothing was left; what came later is the test's last word.
+    clean: AtomicBool,
 }
 
 impl Host {
@@ -37,6 +40,7 @@ impl Host {
             dir,
             user: None,
             plain: false,
+            clean: AtomicBool::new(false),
         };
         host.configured("")
     }
@@ -123,6 +127,7 @@ impl Host {
 
     /// Gives `command` this host's environment and user.
     pub fn prepare(&self, command: &mut Command) {
+        self.clean.store(false, Ordering::Relaxed);
         command
             .env_clear()
             .env(
@@ -192,6 +197,35 @@ impl Host {
             &self.data(),
         );
         assert!(found.is_empty(), "left behind: {found:#?}");
+        self.clean.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Host {
+    /// What a test left running ends, and gives back what it has of the machine: the next test looks there, too. No
+    /// assertion here: a test may be failing already.
+    fn drop(&mut self) {
+        if *self.clean.get_mut() {
+            return;
+        }
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let left = leftovers::processes(self.dir.path(), None);
+            if left.is_empty() || Instant::now() > deadline {
+                break;
+            }
+            for pid in left {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if self.state().exists() {
+            // Any command tidies up after what died.
+            let mut sweep = Command::new("timeout");
+            sweep.arg("60").arg(paths::casemate()).args(["ps", "-aq"]);
+            self.prepare(&mut sweep);
+            let _ = sweep.output();
+        }
     }
 }
 
@@ -211,21 +245,44 @@ fn scratch_dir() -> TempDir {
         .expect("the scratch space is writable")
 }
 
-/// A store with the fixture images, made once for the whole test process.
+/// A store with the fixture images: made by the first test that wants one, for all processes that run tests.
 fn loaded_store() -> PathBuf {
-    static STORE: OnceLock<PathBuf> = OnceLock::new();
-    STORE
-        .get_or_init(|| {
-            let host = Host::new();
-            for archive in IMAGES {
-                let archive = paths::fixtures().join(archive);
-                host.casemate(["load", "-i", &archive.to_string_lossy()])
-                    .succeeds();
-            }
-            // Kept for the life of the process: its copies are what tests use.
-            host.dir.keep().join("data")
-        })
-        .clone()
+    let store = paths::scratch().join("images");
+    let _lock = only_one("images.lock");
+    let made_of = made_of();
+    let label = store.join("made-of");
+    if fs::read_to_string(&label).is_ok_and(|old| old == made_of) {
+        return store.join("data");
+    }
+    let host = Host::new();
+    for archive in IMAGES {
+        let archive = paths::fixtures().join(archive);
+        host.casemate(["load", "-i", &archive.to_string_lossy()])
+            .succeeds();
+    }
+    let _ = fs::remove_dir_all(&store);
+    fs::create_dir(&store).expect("the scratch space is writable");
+    fs::rename(host.data(), store.join("data")).expect("one file system");
+    fs::write(&label, made_of).expect("the scratch space is writable");
+    store.join("data")
+}
+
+/// Waits until no other process of the tests has this lock, and keeps it until the file is closed.
+pub fn only_one(name: &str) -> File {
+    let file = File::create(paths::scratch().join(name)).expect("the scratch space is writable");
+    flock(&file, FlockOperation::LockExclusive).expect("a lock on the scratch space");
+    file
+}
+
+/// What a store comes of: the program and the archives, as they are now.
+fn made_of() -> String {
+    let archives = IMAGES.map(|name| paths::fixtures().join(name));
+    let files = [paths::casemate()].into_iter().chain(archives);
+    let state = |path: PathBuf| {
+        let meta = fs::metadata(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        format!("{} {:?} {}\n", path.display(), meta.modified(), meta.len())
+    };
+    files.map(state).collect()
 }
 
 fn copy(from: &Path, to: &Path) {

@@ -24,7 +24,7 @@ mod terminal;
 mod tree;
 
 pub use command::{Finished, Running};
-pub use host::Host;
+pub use host::{Host, only_one};
 pub use registry::Registry;
 pub use small_disk::SmallDisk;
 pub use terminal::Terminal;

@@ -46,11 +46,11 @@ fn main() -> ExitCode {
 }
 
 /// `--serve --dir DIR --listen-fd N --lock-fd N [--lifeline-fd N] [--console-fd N] [--hold-fd N] [--discard] [--unattended POLICY] [--log BYTES:FILES]
-/// [--engine NAMESPACE EVENTS]`
+/// [--engine NAMESPACE EVENTS] [--config FILE]`
 fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
     let (mut dir, mut listener, mut lock) = (None, None, None);
     let (mut lifeline, mut console, mut discard, mut engine) = (None, None, false, None);
-    let (mut unattended, mut log, mut held) = (None, None, Vec::new());
+    let (mut unattended, mut log, mut config, mut held) = (None, None, None, Vec::new());
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
@@ -61,6 +61,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
             "--lifeline-fd" => lifeline = Some(descriptor(&arg, &value()?)?),
             "--console-fd" => console = Some(descriptor(&arg, &value()?)?),
             "--hold-fd" => held.push(descriptor(&arg, &value()?)?),
+            "--config" => config = Some(PathBuf::from(value()?)),
             "--discard" => discard = true,
             "--unattended" => unattended = Some(value()?.parse()?),
             "--engine" => {
@@ -82,6 +83,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> anyhow::Result<Serve> {
         unattended,
         log,
         engine,
+        config,
         held,
     })
 }

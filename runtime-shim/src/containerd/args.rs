@@ -8,6 +8,8 @@ use anyhow::{Context, bail};
 pub(super) enum Action {
     Start,
     Delete,
+    /// What the runtime can do.
+    Info,
     Version,
 }
 
@@ -48,6 +50,7 @@ impl Args {
                 "id" => id = value()?,
                 "address" | "publish-binary" | "bundle" | "socket" => drop(value()?),
                 "debug" => {}
+                "info" => action = Some(Action::Info),
                 "v" | "version" => action = Some(Action::Version),
                 _ => bail!(
                     "unknown argument {arg:?}; this program is started by containerd and casemate"
@@ -55,7 +58,7 @@ impl Args {
             }
         }
         let action = action.context("this program is started by containerd and casemate")?;
-        if action != Action::Version {
+        if matches!(action, Action::Start | Action::Delete) {
             check("-namespace", &namespace)?;
             check("-id", &id)?;
         }
@@ -94,6 +97,7 @@ mod tests {
         let args = parse("--namespace=default --id=x start").unwrap();
         assert_eq!((args.id.as_str(), args.action), ("x", Action::Start));
         assert_eq!(parse("-v").unwrap().action, Action::Version);
+        assert_eq!(parse("-info").unwrap().action, Action::Info);
     }
 
     #[test]

@@ -7,14 +7,18 @@
 //! | module | role |
 //! |---|---|
 //! | `args` | containerd's command line |
+//! | `bootstrap` | its standard input, and the form of the answer |
+//! | `info` | what the runtime can do |
 //! | `start` | from a bundle to a shim that serves |
 //! | `delete` | after a crash |
 //! | `events` | what is told to containerd |
 //! | `rootfs` | what of a container's root is mounted on the host |
 
 mod args;
+mod bootstrap;
 mod delete;
 pub mod events;
+mod info;
 pub mod rootfs;
 mod start;
 
@@ -37,7 +41,8 @@ pub fn main(args: impl Iterator<Item = String>) -> anyhow::Result<()> {
             env!("CARGO_PKG_VERSION")
         )
         .into_bytes(),
-        Action::Start => start::start(&args)?.into_bytes(),
+        Action::Info => info::info()?,
+        Action::Start => start::start(&args)?,
         Action::Delete => delete::delete(&args)?,
     };
     let mut stdout = std::io::stdout();

@@ -1,6 +1,7 @@
 //! `start`: makes a sandbox for the container of the bundle and leaves a shim behind that serves it.
 
 use super::args::Args;
+use super::bootstrap::{self, Bootstrap};
 use super::{ADDRESS, bundle, state};
 use crate::fds;
 use crate::files;
@@ -21,8 +22,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Where containerd forwards events to; set by it.
-const EVENTS: &str = "TTRPC_ADDRESS";
+/// The configuration of one sandbox, in its directory, where containerd's has any for its runtime.
+const CONFIG: &str = "config.toml";
+/// A person's configuration is no larger.
+const MAX_CONFIG: u64 = 1 << 20;
 /// containerd's FIFO for what a shim has to say, in the bundle.
 const LOG: &str = "log";
 /// Below the state directory: a socket's path has room for 107 bytes only.
@@ -36,8 +39,18 @@ struct Annotated {
 }
 
 /// Does it; what is to be printed: where the shim listens.
-pub(super) fn start(args: &Args) -> anyhow::Result<String> {
-    let settings = Settings::load()?;
+pub(super) fn start(args: &Args) -> anyhow::Result<Vec<u8>> {
+    let said = bootstrap::read(args)?;
+    said.form.answer(&shim_for(args, &said)?)
+}
+
+/// The address of the shim that serves the container of the bundle, which is started if need be.
+fn shim_for(args: &Args, said: &Bootstrap) -> anyhow::Result<String> {
+    let config = Config::of(said)?;
+    let settings = match &config {
+        Some(config) => Settings::load_with(&config.path, &config.text)?,
+        None => Settings::load()?,
+    };
     let root = state(&settings, args)?;
     let bundle = bundle()?;
     if let Some(sandbox) = sandbox_of(&bundle)?.filter(|sandbox| *sandbox != args.id) {
@@ -48,7 +61,7 @@ pub(super) fn start(args: &Args) -> anyhow::Result<String> {
     // What others left is theirs to tell; here it must not be in the way.
     let _ = root.reclaim_dead()?;
     let dir = root.create_unnamed(&args.id)?;
-    match serve(&settings, args, &dir) {
+    match serve(&settings, args, &dir, said, config) {
         Ok(address) => {
             leave_address(&bundle, &address)?;
             Ok(address)
@@ -58,6 +71,32 @@ pub(super) fn start(args: &Args) -> anyhow::Result<String> {
             let _ = dir.remove();
             Err(error)
         }
+    }
+}
+
+/// What containerd's configuration says for its runtime: `ConfigPath` or `ConfigBody`.
+struct Config {
+    path: PathBuf,
+    text: String,
+}
+
+impl Config {
+    fn of(said: &Bootstrap) -> anyhow::Result<Option<Self>> {
+        let options = &said.options;
+        Ok(
+            match (options.config_path.as_str(), options.config_body.as_str()) {
+                ("", "") => None,
+                ("", body) => Some(Self {
+                    path: "ConfigBody".into(),
+                    text: body.to_owned(),
+                }),
+                (path, _) => Some(Self {
+                    path: path.into(),
+                    text: files::read_text(Path::new(path), MAX_CONFIG)
+                        .with_context(|| format!("can't read the runtime's ConfigPath {path:?}"))?,
+                }),
+            },
+        )
     }
 }
 
@@ -109,7 +148,13 @@ fn log(bundle: &Path) -> anyhow::Result<Stdio> {
     }
 }
 
-fn serve(settings: &Settings, args: &Args, dir: &SandboxDir) -> anyhow::Result<String> {
+fn serve(
+    settings: &Settings,
+    args: &Args,
+    dir: &SandboxDir,
+    said: &Bootstrap,
+    config: Option<Config>,
+) -> anyhow::Result<String> {
     let socket = socket_path(settings)?;
     let taken = Taken::File {
         path: socket.clone(),
@@ -125,8 +170,14 @@ fn serve(settings: &Settings, args: &Args, dir: &SandboxDir) -> anyhow::Result<S
         .arg(dir.path());
     command.args(["--listen-fd", &listener.as_raw_fd().to_string()]);
     command.args(["--lock-fd", &dir.lock_fd().as_raw_fd().to_string()]);
-    let events = std::env::var(EVENTS).unwrap_or_default();
-    command.args(["--engine", &args.namespace, &events]);
+    command.args(["--engine", &args.namespace, &said.events]);
+    if let Some(config) = config {
+        // As it is now, for as long as the sandbox lives.
+        let path = dir.path().join(CONFIG);
+        std::fs::write(&path, config.text)
+            .with_context(|| format!("can't write {}", path.display()))?;
+        command.arg("--config").arg(path);
+    }
     command
         // What is for containerd's group of processes isn't for its containers.
         .process_group(0)

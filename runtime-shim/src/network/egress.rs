@@ -259,7 +259,7 @@ pub fn set_named(allowed: &[Rule]) -> io::Result<()> {
 }
 
 /// Who loads rules, and whether those are IPv4's.
-fn programs() -> impl Iterator<Item = (&'static str, bool)> {
+pub(super) fn programs() -> impl Iterator<Item = (&'static str, bool)> {
     let six = std::path::Path::new("/proc/sys/net/ipv6").exists();
     [("iptables-restore", true), ("ip6tables-restore", false)]
         .into_iter()
@@ -285,7 +285,7 @@ fn ask_the_filter() -> io::Result<()> {
     Ok(())
 }
 
-fn restore(program: &str, options: &[&str], rules: &str) -> io::Result<()> {
+pub(super) fn restore(program: &str, options: &[&str], rules: &str) -> io::Result<()> {
     let input = fds::memory_file("rules", rules.as_bytes())?;
     let mut command = Command::new(program);
     command

@@ -14,6 +14,7 @@
 //! | `tap` | taps, and what joins them with interfaces |
 //! | `egress` | where a guest may send to |
 //! | `named` | names there |
+//! | `loopback` | a pod's, for port-forward |
 //! | `user` | an ordinary user's: passt |
 //! | `handshake` | a fault of passt's, mended |
 
@@ -21,6 +22,7 @@ pub mod cni;
 pub mod egress;
 mod handshake;
 pub mod look;
+pub mod loopback;
 pub mod named;
 pub mod netns;
 pub mod networks;

@@ -187,5 +187,6 @@ quick_calls! {
     pause, "Pause", ContainerRequest -> Empty;
     resume, "Resume", ContainerRequest -> Empty;
     update, "Update", UpdateRequest -> Empty;
+    forward, "Forward", ForwardRequest -> Empty;
     stats, "Stats", ContainerRequest -> StatsResponse;
 }

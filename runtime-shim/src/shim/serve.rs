@@ -46,6 +46,8 @@ pub struct Serve {
     pub log: Option<log::Limits>,
     /// The engine that it belongs to; `None`: the command line.
     pub engine: Option<Engine>,
+    /// More configuration, for this sandbox only.
+    pub config: Option<PathBuf>,
     /// Open files that stay so as long as we live: the image's lease.
     pub held: Vec<OwnedFd>,
 }
@@ -62,7 +64,10 @@ pub struct Engine {
 /// Serves one sandbox until its end.
 pub fn run(serve: Serve) -> anyhow::Result<()> {
     let shim_main = monotonic_ns();
-    let settings = Settings::load()?;
+    let settings = match &serve.config {
+        Some(path) => Settings::load_with(path, &std::fs::read_to_string(path)?)?,
+        None => Settings::load()?,
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

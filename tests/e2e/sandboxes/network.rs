@@ -3,16 +3,14 @@
 mod policy;
 mod user;
 
-use casemate_tests::Host;
 use casemate_tests::machine::{network_state as host_state, output, way_out};
+use casemate_tests::{Host, only_one};
+use std::fs::File;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard};
 
-/// Bridges, addresses and rules are the whole machine's: one test at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(|e| e.into_inner())
+/// Bridges, addresses and rules are the whole machine's: one test at a time, until the file is closed.
+pub(crate) fn alone() -> File {
+    only_one("network.lock")
 }
 
 /// A host whose containers are on a network unless they say otherwise.
