@@ -1,7 +1,7 @@
 //! Pods as the CRI makes them: several containers in one sandbox, by the annotations that containerd gives them.
 
 use std::fs;
-
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use casemate_tests::{Finished, Host, machine};
@@ -216,6 +216,71 @@ fn a_pods_end_is_that_of_its_containers_and_what_is_not_the_pods_is_refused() {
         pod.remove("web");
     }
     engine.ctr(["container", "ls", "-q"]).succeeds().prints("");
+    engine.end(Signal::TERM);
+    host.is_clean();
+}
+
+/// A network namespace on the machine, with its loopback; gone when dropped.
+struct Netns(String);
+
+impl Netns {
+    fn new(name: &str) -> Self {
+        // Left by a test that was killed.
+        let _ = Command::new("ip").args(["netns", "del", name]).output();
+        machine::output(&format!("ip netns add {name}"));
+        machine::output(&format!("ip -n {name} link set lo up"));
+        Self(name.to_owned())
+    }
+
+    /// What comes from a port of its loopback.
+    fn read(&self, address: &str, port: &str) -> String {
+        let mut read = Command::new("ip");
+        read.args(["netns", "exec", &self.0, "timeout", "60", "busybox", "nc"]);
+        let output = read.args([address, port]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).output();
+    }
+}
+
+#[test]
+fn a_port_on_the_loopback_of_a_pods_namespace_is_the_guests() {
+    let host = Host::new();
+    let mut engine = Engine::start(&host);
+    let netns = Netns::new("casemate-forward");
+    {
+        let join = format!("network:/run/netns/{}", netns.0);
+        let pod = Pod::start(&engine, &["--with-ns", &join]);
+        let serve = "while true; do echo from web | nc -l -s 127.0.0.1 -p 4000; done";
+        let joined = ["--detach", "--with-ns", &join];
+        run(
+            &engine,
+            "container",
+            &[
+                &joined[..],
+                &["--with-ns", &format!("ipc:/proc/{}/ns/ipc", pod.pid)],
+            ]
+            .concat(),
+            "web",
+            serve,
+        )
+        .succeeds();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while netns.read("127.0.0.1", "4000") != "from web\n" {
+            assert!(Instant::now() < deadline, "the port is not forwarded");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        assert_eq!(netns.read("::1", "4000"), "from web\n");
+        assert_eq!(netns.read("127.0.0.1", "4001"), "");
+        // Whoever was turned away takes nothing with him.
+        assert_eq!(netns.read("127.0.0.1", "4000"), "from web\n");
+        pod.remove("web");
+        pod.remove("pod");
+    }
     engine.end(Signal::TERM);
     host.is_clean();
 }
