@@ -255,7 +255,7 @@ fn a_port_on_the_loopback_of_a_pods_namespace_is_the_guests() {
     {
         let join = format!("network:/run/netns/{}", netns.0);
         let pod = Pod::start(&engine, &["--with-ns", &join]);
-        let serve = "while true; do echo from web | nc -l -s 127.0.0.1 -p 4000; done";
+        let serve = "while true; do echo from web | nc -l -p 4000; done";
         let joined = ["--detach", "--with-ns", &join];
         run(
             &engine,
