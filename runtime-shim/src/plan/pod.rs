@@ -294,6 +294,18 @@ pub(super) fn is_shm(destination: &Path, source: &Path) -> Result<bool, PlanErro
     }
 }
 
+/// Refuses what would have to follow later mounts: a silent half would be worse.
+pub(super) fn check_propagation(destination: &Path, options: &[String]) -> Result<(), PlanError> {
+    const FOLLOW: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
+    match options.iter().find(|o| FOLLOW.contains(&o.as_str())) {
+        Some(option) => Err(PlanError::Propagation {
+            destination: destination.to_owned(),
+            option: option.clone(),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// Something that a spec binds, under the name that it gets.
 pub(super) fn bind(number: usize, source: PathBuf, options: &[String], found: Found) -> Placed {
     let has = |name: &str| options.iter().any(|o| o == name);
@@ -551,6 +563,17 @@ mod tests {
         let host_shm = json!([{"destination": "/dev/shm", "type": "bind", "source": "/dev/shm"}]);
         let result = member(own(), host_shm, &overlay());
         assert_eq!(result, Err(PlanError::HostNamespace(Kind::Ipc)));
+        for option in ["rslave", "rshared", "slave", "shared"] {
+            let result = member(
+                own(),
+                json!([bind("/v.dir", &["rbind", option])]),
+                &overlay(),
+            );
+            assert!(
+                matches!(result, Err(PlanError::Propagation { .. })),
+                "{option}"
+            );
+        }
         let missing = json!([bind("/no/such", &[])]);
         assert!(matches!(
             member(own(), missing, &overlay()),
