@@ -36,6 +36,8 @@ pub const MIN_MEMORY: u64 = 6 * MIB;
 pub const MAX_VCPUS: u32 = 32;
 /// Mounts in a rootfs: more is no snapshotter's doing.
 const MAX_MOUNTS: usize = 16;
+/// A root that no image is needed for: the guest's own, which can't be written to. Not for what the user runs.
+pub const GUEST_ROOT: &str = "casemate/guest";
 /// The first container's directory in its pod's share.
 pub const FIRST_PLACE: &str = "c0";
 /// Files laid end to end on one disk: layers of an image and their metadata.
@@ -626,6 +628,10 @@ fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<Storage, PlanError> {
                 (ROOT_SHARE.to_owned(), Vec::new())
             }
             "tmpfs" => ("none".to_owned(), mount.options.clone()),
+            GUEST_ROOT if rootfs.len() == 1 => {
+                let options = ["bind", "ro"].map(str::to_owned);
+                ("/".to_owned(), options.to_vec())
+            }
             "overlay" | "format/overlay" | "format/mkdir/overlay" => {
                 ("none".to_owned(), overlay_options(index, mount, &mounts)?)
             }
@@ -636,7 +642,10 @@ fn storage(id: &str, rootfs: &[RootfsMount]) -> Result<Storage, PlanError> {
                 });
             }
         };
-        let kind = mount.kind.rsplit('/').next().unwrap_or(&mount.kind);
+        let kind = match mount.kind.as_str() {
+            GUEST_ROOT => "bind",
+            kind => kind.rsplit('/').next().unwrap_or(kind),
+        };
         mounts.push(AgentMount {
             type_: kind.to_owned(),
             source,

@@ -22,6 +22,8 @@ struct Group {
     bundle: Option<&'static [&'static str]>,
     /// By the instruction clock, where the host is an emulated one.
     clocked: bool,
+    /// By that clock one sample is enough: it repeats, and takes minutes.
+    once: bool,
     /// Seconds until it is given up, by the wall clock of a busy machine without KVM.
     limit: u32,
 }
@@ -57,6 +59,7 @@ fn group(name: &str) -> Result<Group> {
         tools: &[],
         bundle: None,
         clocked: true,
+        once: false,
         limit: 900,
     };
     Ok(match name {
@@ -98,6 +101,7 @@ fn group(name: &str) -> Result<Group> {
         "binds" => Group {
             images: &["binds"],
             tools: SCRATCH_TOOLS,
+            once: true,
             limit: 10_800,
             ..group
         },
@@ -111,6 +115,7 @@ fn group(name: &str) -> Result<Group> {
         "neighbours" => Group {
             images: &["busybox"],
             tools: NETWORK_TOOLS,
+            once: true,
             limit: 7200,
             ..group
         },
@@ -223,6 +228,10 @@ impl Bench {
         figures: &mut Vec<Figure>,
     ) -> Result<()> {
         let group = group(name)?;
+        let samples = match group.clocked && group.once && !here {
+            true => 1,
+            false => samples,
+        };
         let store = self.store(group.images)?;
         let bundle = self.dir.join(format!("bundle-{name}"));
         if let Some(programs) = group.bundle

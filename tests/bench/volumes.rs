@@ -43,14 +43,20 @@ pub(crate) fn on_disk(at: &Installed) -> Result<(Installed, Disk)> {
 
 /// fio on a named volume against the ext4 of the host that holds it: to the disk and from it, 1 MiB at a time.
 fn against_host(at: &Installed, disk: &Disk, samples: usize) -> Result<()> {
-    let options = ["--memory", "512m", "-v", "fio:/volume"];
+    // Privileged only to forget what its kernel has in its cache.
+    let options = ["--privileged", "--memory", "512m", "-v", "fio:/volume"];
     let args = [&options[..], &["volumes", "sleep", "1000000"]].concat();
     let container = Container::start(at, "fio", &args)?;
     let (mut writes, mut reads) = (Vec::new(), Vec::new());
+    let forget = || {
+        let script = "sync; echo 3 > /proc/sys/vm/drop_caches";
+        done(&mut container.exec(&["sh", "-c", script]))?;
+        forget_cache()
+    };
     // The first of each does not count: templates, fio itself in the page cache.
     for sample in 0..=samples {
-        let ours = write_and_read(&|| container.exec(&[]), Path::new("/volume"))?;
-        let theirs = write_and_read(&|| Command::new("env"), disk.dir())?;
+        let ours = write_and_read(&|| container.exec(&[]), Path::new("/volume"), &forget)?;
+        let theirs = write_and_read(&|| Command::new("env"), disk.dir(), &forget)?;
         if sample > 0 {
             writes.push((ours[0], theirs[0]));
             reads.push((ours[1], theirs[1]));
@@ -61,17 +67,21 @@ fn against_host(at: &Installed, disk: &Disk, samples: usize) -> Result<()> {
     emit(&Figure::ratio("vols_read_vs_host", "MiB/s", reads))
 }
 
-/// MiB/s of a new file's writes until the disk has it, and of its reads when no cache has it any more.
-fn write_and_read(starter: &dyn Fn() -> Command, dir: &Path) -> Result<[f64; 2]> {
+/// MiB/s of a new file's writes until the disk has it, and of its reads. Before each, outside of the time that counts,
+/// both kernels write back what they have cached and forget it.
+fn write_and_read(
+    starter: &dyn Fn() -> Command,
+    dir: &Path,
+    forget: &dyn Fn() -> Result<()>,
+) -> Result<[f64; 2]> {
     let file = dir.join("fio-file");
     done(starter().args(["rm", "-f"]).arg(&file))?;
-    forget_cache()?;
+    forget()?;
     let name = format!("--filename={}", file.display());
     let run = |jobs: &[&str]| report(starter().args(["fio", &name, FIO_SIZE, "--bs=1m"]), jobs);
     let written = run(&["--end_fsync=1", "--name=write", "--rw=write"])?;
-    forget_cache()?;
-    // It forgets what its own kernel has of the file.
-    let read = run(&["--readonly", "--invalidate=1", "--name=read", "--rw=read"])?;
+    forget()?;
+    let read = run(&["--readonly", "--name=read", "--rw=read"])?;
     Ok([speed(&written, 0, "write")?, speed(&read, 0, "read")?])
 }
 

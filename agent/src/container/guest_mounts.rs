@@ -1,9 +1,11 @@
 //! What the agent mounts and writes for a container in the guest's own namespace, below `/run/casemate/ID/`.
 
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use casemate_protocol::{GUEST_RUN_DIR, agent};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount};
 
 use super::options::Options;
@@ -24,6 +26,8 @@ const MAX_FILE: usize = 1 << 20;
 pub(crate) struct GuestMounts {
     home: PathBuf,
     done: Vec<PathBuf>,
+    /// The disks of file systems that tell them what was deleted.
+    discarding: Vec<PathBuf>,
     overlay: Option<Overlay>,
 }
 
@@ -40,6 +44,7 @@ impl GuestMounts {
         Self {
             home: Path::new(GUEST_RUN_DIR).join(id),
             done: Vec::new(),
+            discarding: Vec::new(),
             overlay: None,
         }
     }
@@ -159,6 +164,9 @@ impl GuestMounts {
             }
         }
         self.done.push(target.clone());
+        if request.options.iter().any(|option| option == "discard") {
+            self.discarding.push(PathBuf::from(&request.source));
+        }
         if let (Some(attr), "bind") = (options.attr(), request.type_.as_str()) {
             let tree = rustix::fs::open(&target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 .attempt(what)?;
@@ -208,6 +216,11 @@ impl GuestMounts {
         std::io::Write::write_all(&mut std::fs::File::from(fd), &file.content).attempt(what)
     }
 
+    /// The disks that what was deleted last may still have to be told: see [`released`]. Each is named once.
+    pub(crate) fn take_discarding(&mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.discarding)
+    }
+
     /// Unmounts what was mounted, last first, and removes the directory.
     pub(crate) fn undo(&mut self) -> Result<()> {
         let mut result = Ok(());
@@ -226,6 +239,27 @@ impl GuestMounts {
         }
         result
     }
+}
+
+/// Waits, not for ever, until no file system has these disks any more.
+///
+/// An unmount takes one mount away. The file system ends with the last, which a process of the container may have
+/// held to its end; only its own end sends the discards that are left, and the guest may be gone right after this.
+pub(crate) async fn released(disks: &[PathBuf]) {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_millis(1);
+    let until = Instant::now() + PATIENCE;
+    for disk in disks {
+        while is_taken(disk) && Instant::now() < until {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+/// Whether a file system, or another exclusive user, has the block device.
+fn is_taken(disk: &Path) -> bool {
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+    rustix::fs::open(disk, flags, Mode::empty()).is_err_and(|error| error == Errno::BUSY)
 }
 
 fn is_layer(option: &str) -> bool {
@@ -258,6 +292,13 @@ mod tests {
         ] {
             assert!(mounts.check(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn is_taken_what_no_file_system_has_is_free() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(!is_taken(file.path()));
+        assert!(!is_taken(Path::new("/nowhere")));
     }
 
     proptest! {

@@ -521,7 +521,13 @@ impl Container {
         // Not until the output is sent: who deletes without having waited may have stopped reading.
         empty.until_empty().await?;
         lock(&self.cgroup).remove()?;
-        lock(&self.mounts).undo()
+        let disks = {
+            let mut mounts = lock(&self.mounts);
+            mounts.undo()?;
+            mounts.take_discarding()
+        };
+        guest_mounts::released(&disks).await;
+        Ok(())
     }
 }
 

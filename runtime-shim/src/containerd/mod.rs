@@ -22,8 +22,9 @@ mod info;
 pub mod rootfs;
 mod start;
 
+use crate::journal::Journal;
 use crate::settings::Settings;
-use crate::state::StateRoot;
+use crate::state::{DEFAULT_NAMESPACE, StateRoot};
 use anyhow::Context;
 use args::{Action, Args};
 use std::io::Write;
@@ -50,9 +51,21 @@ pub fn main(args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     stdout.flush().context("can't answer containerd")
 }
 
-/// The sandboxes of one of containerd's namespaces; the command line's are elsewhere.
+/// Begins the names of directories of containerd's namespaces; the command line's are elsewhere.
+const NAMESPACE: &str = "containerd-";
+
+/// The engine's namespace of the sandbox whose journal this is.
+pub fn namespace_of(journal: &Journal) -> String {
+    let name = journal
+        .dir()
+        .and_then(|dir| dir.parent()?.file_name()?.to_str());
+    let name = name.unwrap_or(DEFAULT_NAMESPACE);
+    name.strip_prefix(NAMESPACE).unwrap_or(name).to_owned()
+}
+
+/// The sandboxes of one of containerd's namespaces.
 fn state(settings: &Settings, args: &Args) -> anyhow::Result<StateRoot> {
-    let namespace = format!("containerd-{}", args.namespace);
+    let namespace = format!("{NAMESPACE}{}", args.namespace);
     Ok(StateRoot::open(&settings.state_dir, &namespace)?)
 }
 

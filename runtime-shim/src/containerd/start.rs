@@ -16,6 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -103,8 +104,11 @@ impl Config {
 /// The sandbox that the container of a bundle belongs to, if it names one.
 fn sandbox_of(bundle: &Path) -> anyhow::Result<Option<String>> {
     let path = bundle.join("config.json");
-    let text =
-        files::read(&path, MAX_SPEC).with_context(|| format!("can't read {}", path.display()))?;
+    let text = match files::read(&path, MAX_SPEC) {
+        // A sandbox that is asked for through the Sandbox API may have none.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        text => text.with_context(|| format!("can't read {}", path.display()))?,
+    };
     let Annotated { annotations } = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not an OCI runtime spec", path.display()))?;
     Ok(

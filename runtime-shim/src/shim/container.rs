@@ -2,6 +2,7 @@
 
 use super::agent::CallError;
 use super::launch::{FirstStreams, Launch, LaunchError, monotonic_ns};
+use super::logger::Whose;
 use super::network::{self, NetworkFailure};
 use super::places::PlaceError;
 use super::process::{Exit, Life, Process, Work};
@@ -9,6 +10,7 @@ use super::sandbox::{Booted, Sandbox};
 use super::stdio::{Paths, SharedLog, StdioError, Streams};
 use super::timing::{self, Timing};
 use super::vm::VmError;
+use crate::containerd;
 use crate::files;
 use crate::plan::{self, Host, Inside, Joins, MAX_SPEC, Place, PlanError, RootfsMount};
 use crate::rpc::{KILLED, SIGKILL};
@@ -165,7 +167,12 @@ impl Container {
         )?;
         let wants_timing = plan::annotation(&spec, timing::ANNOTATION).is_some();
         let mut request = create_request(&id, &plan.inside)?;
-        let (streams, ends) = Streams::open(&paths, log)?;
+        let namespace = containerd::namespace_of(launch.journal);
+        let whose = Whose {
+            namespace: &namespace,
+            id: &id,
+        };
+        let (streams, ends) = Streams::open(&paths, log, whose).await?;
         let init = Arc::new(Process::new(String::new(), paths, Work::First));
         init.set_streams(streams);
         let first = FirstStreams::new(ends, init.paths.terminal);
@@ -245,7 +252,12 @@ impl Container {
             plan::look,
         )?;
         let mut request = create_request(&create.id, &inside)?;
-        let (streams, ends) = Streams::open(&create.paths, create.log)?;
+        let namespace = sandbox.namespace();
+        let whose = Whose {
+            namespace: &namespace,
+            id: &create.id,
+        };
+        let (streams, ends) = Streams::open(&create.paths, create.log, whose).await?;
         let init = Arc::new(Process::new(String::new(), create.paths, Work::First));
         init.set_streams(streams);
         pod.places.put(&place, &inside.placed).await?;
@@ -404,7 +416,12 @@ impl Container {
         self: &Arc<Self>,
         process: Arc<Process>,
     ) -> Result<u32, ContainerError> {
-        let (streams, ends) = Streams::open(&process.paths, None)?;
+        let namespace = self.sandbox.namespace();
+        let whose = Whose {
+            namespace: &namespace,
+            id: &process.exec_id,
+        };
+        let (streams, ends) = Streams::open(&process.paths, None, whose).await?;
         process.set_streams(streams);
         let mut stdio = self
             .sandbox

@@ -291,13 +291,18 @@ impl Guest {
             (ends.stderr, &mut stdio.stderr_port),
         ] {
             if let Some(fd) = fd {
-                let port = unguessable_port()?;
-                let command = Command::VsockListen { port };
-                self.vm.request(command, &[fd.as_fd()]).await?;
-                *slot = port;
+                *slot = self.offer(&fd).await?;
             }
         }
         Ok(stdio)
+    }
+
+    /// Opens a port for one stream.
+    pub(super) async fn offer(&self, stream: &OwnedFd) -> Result<u32, VmError> {
+        let port = unguessable_port()?;
+        let command = Command::VsockListen { port };
+        self.vm.request(command, &[stream.as_fd()]).await?;
+        Ok(port)
     }
 
     /// Ends the guest in order: disks synced, or at once when `discard` and nothing that it wrote outlives it.

@@ -3,11 +3,14 @@
 use super::agent::Agent;
 use super::bounds::{self, Bounds};
 use super::container::{Container, ContainerError};
+use super::forward::Forward;
 use super::launch::{FirstStreams, Guest, Launch, LaunchError};
 use super::network::{self, Attaching, Kept};
 use super::places::Places;
 use super::process::{Exit, Life};
+use super::stdio;
 use super::vm::Vm;
+use crate::containerd;
 use crate::fds;
 use crate::journal::Journal;
 use crate::plan::{self, Limits, Plan};
@@ -18,6 +21,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use tokio::io::Interest;
+use tokio::net::UnixStream;
 
 /// What holds a sandbox's processes, and to what.
 struct Held {
@@ -39,6 +43,8 @@ pub(super) struct Sandbox {
     kept: Mutex<Kept>,
     /// Why it was ended by us.
     ended_for: Mutex<Option<&'static str>>,
+    /// Port-forward, where it is a pod's.
+    forward: Mutex<Option<Forward>>,
     /// If further containers can join.
     pub(super) pod: Option<Pod>,
 }
@@ -126,9 +132,14 @@ impl Sandbox {
             }),
             kept: Mutex::new(kept),
             ended_for: Mutex::default(),
+            forward: Mutex::default(),
             pod,
         });
         sandbox.end_with_network();
+        if let (Some(_), Some(netns)) = (&sandbox.pod, netns) {
+            let forward = Forward::start(netns.clone(), Arc::downgrade(&sandbox));
+            *locked(&sandbox.forward) = Some(forward);
+        }
         Ok(Booted {
             sandbox,
             stdio,
@@ -171,6 +182,23 @@ impl Sandbox {
     /// Why it was ended by us, if it was.
     pub(super) fn ended_for(&self) -> Option<&'static str> {
         *locked(&self.ended_for)
+    }
+
+    /// The engine's namespace that it is in.
+    pub(super) fn namespace(&self) -> String {
+        containerd::namespace_of(&self.journal)
+    }
+
+    /// A stream to the server at a port of the guest's loopback.
+    pub(super) async fn connect(&self, port: u16) -> Result<UnixStream, ContainerError> {
+        let (ours, theirs) = stdio::socket_pair()?;
+        let request = proto::ForwardRequest {
+            port: port.into(),
+            stream_port: self.guest.offer(&theirs).await?,
+            ..Default::default()
+        };
+        self.agent().forward(&request).await?;
+        Ok(ours)
     }
 
     /// Keeps it to other limits on the host.
@@ -217,6 +245,7 @@ impl Sandbox {
 
     /// Ends it; what was written in it is kept unless `discard`.
     pub(super) async fn end(&self, discard: bool) {
+        locked(&self.forward).take();
         self.guest.stop(discard).await;
         if let Some(pod) = &self.pod {
             pod.places.close();

@@ -2,6 +2,7 @@
 
 use super::launch::monotonic_ns;
 use super::recorder::Recorder;
+use super::sandbox_api::SandboxApi;
 use super::service::{Asked, Service};
 use super::unattended;
 use crate::containerd::events::Publisher;
@@ -11,6 +12,7 @@ use crate::restart::Policy;
 use crate::settings::Settings;
 use crate::state::SandboxDir;
 use anyhow::Context;
+use containerd_shim_protos::sandbox_async::{Sandbox, create_sandbox};
 use containerd_shim_protos::shim_async::{Task, create_task};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -112,6 +114,10 @@ async fn serve_sandbox(serve: Serve, settings: Settings, shim_main: u64) -> anyh
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener(serve.listener)?)
         .register_service(task_services(service.clone()));
+    if is_engines {
+        let api: Arc<dyn Sandbox + Send + Sync> = Arc::new(SandboxApi::new(service.clone()));
+        server = server.register_service(create_sandbox(api));
+    }
     server.start().await.context("can't serve the Task API")?;
 
     let discard = || {

@@ -28,6 +28,7 @@ use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::topics;
 use oci_spec::runtime::Spec;
 use protobuf::MessageFull;
+use protobuf::well_known_types::any::Any;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -129,7 +130,7 @@ fn check_id(id: &str) -> Reply<()> {
 }
 
 impl Service {
-    fn container(&self, id: &str) -> Reply<Arc<Container>> {
+    pub(super) fn container(&self, id: &str) -> Reply<Arc<Container>> {
         let found = self.containers().get(id).cloned();
         found.ok_or_else(|| status(Code::NOT_FOUND, format!("container {id:?} does not exist")))
     }
@@ -177,6 +178,31 @@ impl Service {
     pub(super) async fn abandon(&self) {
         let _creating = self.creating.lock().await;
         self.end_all().await;
+    }
+
+    /// Makes the sandbox with a first process, and starts that; it is nobody's task.
+    pub(super) async fn start_first(&self, req: api::CreateTaskRequest) -> Reply<u32> {
+        let mut unwanted = self.unwanted.subscribe();
+        let started = async {
+            let first = self.create_container(req).await?;
+            first.start_init().await.map_err(failed)?;
+            Ok(first.sandbox.vm().pid())
+        };
+        tokio::select! {
+            started = started => started,
+            _ = unwanted.wait_for(|unwanted| *unwanted) => {
+                Err(status(Code::CANCELLED, "the sandbox is being ended"))
+            }
+        }
+    }
+
+    /// Counters of a container.
+    pub(super) async fn metrics(&self, id: &str) -> Reply<Any> {
+        let container = self.container(id)?;
+        let request = container.request();
+        let agent = container.sandbox.agent();
+        let answer = agent.stats(&request).await.map_err(call_failed)?;
+        stats::metrics(&answer).map_err(|e| status(Code::INTERNAL, e))
     }
 
     /// Ends the sandbox with all that is in it.
@@ -652,13 +678,8 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, req: api::StatsRequest) -> Reply<api::StatsResponse> {
-        let container = self.container(&req.id)?;
-        let request = container.request();
-        let agent = container.sandbox.agent();
-        let answer = agent.stats(&request).await.map_err(call_failed)?;
-        let metrics = stats::metrics(&answer).map_err(|e| status(Code::INTERNAL, e))?;
         Ok(api::StatsResponse {
-            stats: Some(metrics).into(),
+            stats: Some(self.metrics(&req.id).await?).into(),
             ..Default::default()
         })
     }

@@ -6,20 +6,28 @@
 //! goes away and comes back loses nothing. Standard input ends once the front
 //! door called CloseIO and every writer of the FIFO is gone, as with runc's shim.
 
+use super::logger::{self, Whose};
 use crate::log::{self, Stream};
 use crate::state::now_ns;
 use rustix::fs::{FileType, Mode, OFlags};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+/// Of a file that output goes to: others may read it, as with runc's shim.
+const LOG_MODE: Mode = Mode::RUSR
+    .union(Mode::WUSR)
+    .union(Mode::RGRP)
+    .union(Mode::ROTH);
 /// A pipe's own capacity: larger moves don't fit through a FIFO anyway.
 const BUFFER: usize = 64 << 10;
 
@@ -40,7 +48,7 @@ pub(super) struct Paths {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StdioError {
     /// A path of a kind we don't serve.
-    #[error("stdio {0:?}: only FIFOs and file:// are supported")]
+    #[error("stdio {0:?}: only FIFOs, file:// and binary:// are supported")]
     Unsupported(String),
     /// It can't be opened.
     #[error("can't open {path:?} for stdio")]
@@ -76,21 +84,33 @@ pub(super) struct Streams {
     /// Our own writing end of stdin's FIFO: while it is open, stdin doesn't end.
     stdin_keeper: Mutex<Option<OwnedFd>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
+    /// While it is there, a program that takes the output waits for more.
+    _more: Option<oneshot::Sender<()>>,
 }
 
 impl Streams {
     /// Opens everything that `paths` names and starts pumping; what is written goes to the log too, if there is one.
-    pub(super) fn open(
+    pub(super) async fn open(
         paths: &Paths,
         log: Option<&SharedLog>,
+        whose: Whose<'_>,
     ) -> Result<(Self, GuestEnds), StdioError> {
         let mut ends = GuestEnds::default();
         let mut streams = Self {
             stdin: None,
             stdin_keeper: Mutex::new(None),
             outputs: Mutex::new(Vec::new()),
+            _more: None,
         };
         let mut outputs = Vec::new();
+        // One program takes both.
+        let mut logger = [None, None];
+        if logger::is_meant(&paths.stdout) {
+            let started = logger::start(&paths.stdout, whose).await?;
+            logger = [Some(started.stdout), Some(started.stderr)];
+            streams._more = Some(started.more);
+        }
+        let [logged_stdout, logged_stderr] = logger;
         if !paths.stdin.is_empty() {
             let path = fifo_path(&paths.stdin)?;
             let fifo = open_fifo(path, OFlags::RDONLY)?;
@@ -103,22 +123,30 @@ impl Streams {
             streams.stdin_keeper = Mutex::new(Some(keeper));
             ends.stdin = Some(theirs);
         }
-        for (path, end, stream, wanted) in [
-            (&paths.stdout, &mut ends.stdout, Stream::Stdout, true),
+        for (path, end, stream, wanted, logged) in [
+            (
+                &paths.stdout,
+                &mut ends.stdout,
+                Stream::Stdout,
+                true,
+                logged_stdout,
+            ),
             (
                 &paths.stderr,
                 &mut ends.stderr,
                 Stream::Stderr,
                 !paths.terminal,
+                logged_stderr,
             ),
         ] {
-            if (path.is_empty() && log.is_none()) || !wanted {
+            if (path.is_empty() && log.is_none() && logged.is_none()) || !wanted {
                 continue;
             }
             let outlet = Outlet {
-                sink: match path.as_str() {
-                    "" => None,
-                    path => Some(Sink::open(path)?),
+                sink: match (logged, path.as_str()) {
+                    (Some(pipe), _) => Some(Sink::of(pipe)?),
+                    (None, "") => None,
+                    (None, path) => Some(Sink::open(path)?),
                 },
                 log: log.map(|log| (log.clone(), stream)),
             };
@@ -170,7 +198,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-fn socket_pair() -> Result<(UnixStream, OwnedFd), StdioError> {
+pub(super) fn socket_pair() -> Result<(UnixStream, OwnedFd), StdioError> {
     let (ours, theirs) = StdUnixStream::pair().map_err(StdioError::Socket)?;
     let ours = ours
         .set_nonblocking(true)
@@ -218,20 +246,24 @@ enum Sink {
 impl Sink {
     fn open(text: &str) -> Result<Self, StdioError> {
         if let Some(path) = text.strip_prefix("file://") {
+            if let Some(dir) = Path::new(path).parent() {
+                // As runc's shim does; what fails here, the next call tells.
+                let _ = std::fs::create_dir_all(dir);
+            }
             let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::CLOEXEC;
-            let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|e| {
-                StdioError::Open {
-                    path: path.to_owned(),
-                    source: e.into(),
-                }
+            let fd = rustix::fs::open(path, flags, LOG_MODE).map_err(|e| StdioError::Open {
+                path: path.to_owned(),
+                source: e.into(),
             })?;
             return Ok(Self::File(fd));
         }
-        let fd = open_fifo(fifo_path(text)?, OFlags::RDWR)?;
-        let interest = Interest::WRITABLE;
-        Ok(Self::Fifo(
-            crate::fds::watched(fd, interest).map_err(StdioError::Socket)?,
-        ))
+        Self::of(open_fifo(fifo_path(text)?, OFlags::RDWR)?)
+    }
+
+    /// A pipe that doesn't block.
+    fn of(pipe: OwnedFd) -> Result<Self, StdioError> {
+        let watched = crate::fds::watched(pipe, Interest::WRITABLE);
+        Ok(Self::Fifo(watched.map_err(StdioError::Socket)?))
     }
 
     async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
@@ -317,7 +349,11 @@ mod tests {
     use super::*;
     use std::fs::OpenOptions;
     use std::io::{Read, Write};
-    use std::path::Path;
+
+    const NOBODY: Whose<'static> = Whose {
+        namespace: "n",
+        id: "i",
+    };
 
     fn make_fifo(dir: &Path, name: &str) -> String {
         let path = dir.join(name);
@@ -340,7 +376,7 @@ mod tests {
             .write(true)
             .open(opener)
             .unwrap();
-        let (streams, ends) = Streams::open(&paths, None).unwrap();
+        let (streams, ends) = Streams::open(&paths, None, NOBODY).await.unwrap();
         let mut guest = StdUnixStream::from(ends.stdout.unwrap());
         guest.set_nonblocking(false).unwrap();
         let sent: Vec<u8> = (0..1_000_000u32).map(|i| (i * 7 % 251) as u8).collect();
@@ -366,7 +402,7 @@ mod tests {
             stdin: make_fifo(dir.path(), "in"),
             ..Paths::default()
         };
-        let (streams, ends) = Streams::open(&paths, None).unwrap();
+        let (streams, ends) = Streams::open(&paths, None, NOBODY).await.unwrap();
         let guest = StdUnixStream::from(ends.stdin.unwrap());
         let mut guest = UnixStream::from_std(guest).unwrap();
         let mut buffer = [0; 64];
@@ -393,7 +429,8 @@ mod tests {
         std::fs::write(&regular, "x").unwrap();
         for path in [
             "relative",
-            "binary:///bin/logger",
+            "binary:///no/such",
+            "binary://relative",
             regular.to_str().unwrap(),
             "/no/such",
         ] {
@@ -401,7 +438,7 @@ mod tests {
                 stdout: path.into(),
                 ..Paths::default()
             };
-            assert!(Streams::open(&paths, None).is_err(), "{path}");
+            assert!(Streams::open(&paths, None, NOBODY).await.is_err(), "{path}");
         }
     }
 
@@ -410,7 +447,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let log = log::Writer::open(dir.path(), log::Limits::default()).unwrap();
         let log = Arc::new(Mutex::new(log));
-        let (streams, ends) = Streams::open(&Paths::default(), Some(&log)).unwrap();
+        let (streams, ends) = Streams::open(&Paths::default(), Some(&log), NOBODY)
+            .await
+            .unwrap();
         for (end, bytes) in [(ends.stdout, b"out\n"), (ends.stderr, b"err\n")] {
             StdUnixStream::from(end.unwrap()).write_all(bytes).unwrap();
         }
@@ -431,7 +470,7 @@ mod tests {
             stdout: format!("file://{}", log.display()),
             ..Paths::default()
         };
-        let (streams, ends) = Streams::open(&paths, None).unwrap();
+        let (streams, ends) = Streams::open(&paths, None, NOBODY).await.unwrap();
         StdUnixStream::from(ends.stdout.unwrap())
             .write_all(b"line\n")
             .unwrap();

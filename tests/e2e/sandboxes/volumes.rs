@@ -165,6 +165,27 @@ fn volume_that_is_full_says_so() {
 }
 
 #[test]
+fn deleted_in_the_last_moment_is_the_hosts_again() {
+    let host = Host::with_images();
+    let used = || {
+        let disk = host.data().join("volumes/small/disk.img");
+        fs::metadata(disk).unwrap().blocks() * 512
+    };
+    let small = "source=small,target=/data,volume-opt=size=64m";
+    run(&host, &["--mount", small], "true").succeeds();
+    let empty = used();
+    for _ in 0..5 {
+        // Held open by a process that is killed with the container: its end comes after the file's.
+        let script = "dd if=/dev/zero of=/data/fill bs=1M count=32 conv=fsync 2>/dev/null; \
+            sleep 1000 < /data/fill & rm /data/fill";
+        run(&host, &["--mount", small], script).succeeds();
+        // Its journal has 4 MiB.
+        assert!(used() < empty + (6 << 20), "{empty}, then {}", used());
+    }
+    host.is_clean();
+}
+
+#[test]
 fn volume_with_anything_in_it_gets_no_copy() {
     let host = Host::with_images();
     run(&host, &["-v", "mine:/x"], "touch /x/.hidden").succeeds();
