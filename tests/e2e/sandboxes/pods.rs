@@ -178,6 +178,10 @@ fn a_pods_end_is_that_of_its_containers_and_what_is_not_the_pods_is_refused() {
                 "does not exist",
             ),
             (
+                ["--mount", "type=bind,src=/tmp,dst=/x,options=rbind:rslave"],
+                "don't propagate",
+            ),
+            (
                 ["--mount", "type=ext4,src=/dev/null,dst=/x,options=rw"],
                 "can't have disks",
             ),
