@@ -316,6 +316,16 @@ pub enum PlanError {
         /// From the spec.
         path: PathBuf,
     },
+    /// A mount that is to follow the host's.
+    #[error(
+        "mount {destination:?}: {option} can't be had: mounts of the host and of a VM don't propagate to each other"
+    )]
+    Propagation {
+        /// In the container.
+        destination: PathBuf,
+        /// From the spec.
+        option: String,
+    },
     /// A source that is no absolute path.
     #[error("rootfs mount {index}: {source_path:?} is not an absolute path")]
     Source {

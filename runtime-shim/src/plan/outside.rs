@@ -148,6 +148,7 @@ impl Gathered<'_> {
             });
         }
         if let Some(place) = self.place {
+            pod::check_propagation(mount.destination(), options(mount))?;
             let placed = pod::bind(index, source, options(mount), found);
             let path = place.path(self.id, &placed.name);
             // The host keeps what is below it writable, and here a mount below has what the one above it has.

@@ -285,12 +285,32 @@ fn file_name(kind: Kind) -> &'static str {
     }
 }
 
-/// Which of a pod's binds `/dev/shm` is, whose place the guest's own takes. The host's own can't be had.
+/// Whether a bind is the pod's `/dev/shm` as its engine makes it, whose place the guest's own takes: containerd's is
+/// `…/sandboxes/ID/shm`, CRI-O's `…/userdata/shm`. A volume at that place stays one. The host's own can't be had.
 pub(super) fn is_shm(destination: &Path, source: &Path) -> Result<bool, PlanError> {
+    /// Of the directories that the kubelet keeps volumes in.
+    const VOLUMES: &str = "kubernetes.io~";
     let shm = Path::new("/dev/shm");
-    match destination == shm {
-        true if source == shm => Err(PlanError::HostNamespace(Kind::Ipc)),
-        is => Ok(is),
+    if destination != shm {
+        return Ok(false);
+    }
+    if source == shm {
+        return Err(PlanError::HostNamespace(Kind::Ipc));
+    }
+    let parent = source.parent().and_then(Path::file_name);
+    let of_volumes = parent.is_some_and(|name| name.to_string_lossy().starts_with(VOLUMES));
+    Ok(source.file_name() == Some(SHM.as_ref()) && !of_volumes)
+}
+
+/// Refuses what would have to follow later mounts: a silent half would be worse.
+pub(super) fn check_propagation(destination: &Path, options: &[String]) -> Result<(), PlanError> {
+    const FOLLOW: [&str; 4] = ["shared", "rshared", "slave", "rslave"];
+    match options.iter().find(|o| FOLLOW.contains(&o.as_str())) {
+        Some(option) => Err(PlanError::Propagation {
+            destination: destination.to_owned(),
+            option: option.clone(),
+        }),
+        None => Ok(()),
     }
 }
 
@@ -417,7 +437,7 @@ mod tests {
     #[test]
     fn sandbox_has_one_share_for_its_root_and_all_that_it_binds() {
         let mounts = json!([
-            {"destination": "/dev/shm", "type": "bind", "source": "/s/shm.dir", "options": ["rbind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/s/sandboxes/p/shm", "options": ["rbind", "ro"]},
             {"destination": "/etc/hosts", "type": "bind", "source": "/s/hosts.file", "options": ["rbind", "ro"]},
         ]);
         let plan = first(&spec("sandbox", own(), mounts, &[]), &overlay()).unwrap();
@@ -551,6 +571,28 @@ mod tests {
         let host_shm = json!([{"destination": "/dev/shm", "type": "bind", "source": "/dev/shm"}]);
         let result = member(own(), host_shm, &overlay());
         assert_eq!(result, Err(PlanError::HostNamespace(Kind::Ipc)));
+        let shm = Path::new("/dev/shm");
+        for (source, is) in [
+            ("/run/c/userdata/shm", true),
+            (
+                "/var/lib/kubelet/pods/x/volumes/kubernetes.io~empty-dir/shm",
+                false,
+            ),
+            ("/v.dir", false),
+        ] {
+            assert_eq!(is_shm(shm, Path::new(source)), Ok(is), "{source}");
+        }
+        for option in ["rslave", "rshared", "slave", "shared"] {
+            let result = member(
+                own(),
+                json!([bind("/v.dir", &["rbind", option])]),
+                &overlay(),
+            );
+            assert!(
+                matches!(result, Err(PlanError::Propagation { .. })),
+                "{option}"
+            );
+        }
         let missing = json!([bind("/no/such", &[])]);
         assert!(matches!(
             member(own(), missing, &overlay()),
@@ -581,5 +623,32 @@ mod tests {
         let plan = first(&spec("sandbox", own(), json!([]), &[]), &[disk]).unwrap();
         assert_eq!((plan.disks.len(), plan.shares.len()), (1, 1));
         assert_eq!(plan.inside.rootfs, "/run/casemate/p/rootfs");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn member_never_gets_a_path_of_the_host(
+            kind in "(ipc|uts|pid|network|user|cgroup|time|mount)",
+            path in "(/proc/(77|1|self)/ns/(ipc|uts|pid|net|user|cgroup|time|mnt)|/run/netns/n|.{0,20})",
+            source in "(/x\\.(dir|file)|\\.\\./x\\.dir|.{0,20})",
+            destination in "(/dev/shm|/x|.{0,20})",
+        ) {
+            let namespaces = json!([
+                {"type": "mount"}, {"type": "ipc"}, {"type": "network"},
+                {"type": kind, "path": path},
+            ]);
+            let mounts = json!([{"destination": destination, "type": "bind", "source": source}]);
+            if let Ok(inside) = member(namespaces, mounts, &overlay()) {
+                for namespace in super::namespaces(&inside.guest_spec) {
+                    let path = namespace.path().as_deref().unwrap_or(Path::new("/proc/9/ns/x"));
+                    proptest::prop_assert!(path.starts_with("/proc/9/ns"), "{path:?}");
+                }
+                for mount in inside.guest_spec.mounts().iter().flatten() {
+                    let source = mount.source().clone().unwrap_or_default();
+                    proptest::prop_assert!(source.starts_with("/run/casemate"), "{source:?}");
+                    proptest::prop_assert!(!source.components().any(|c| c == std::path::Component::ParentDir));
+                }
+            }
+        }
     }
 }

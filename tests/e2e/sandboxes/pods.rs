@@ -178,6 +178,10 @@ fn a_pods_end_is_that_of_its_containers_and_what_is_not_the_pods_is_refused() {
                 "does not exist",
             ),
             (
+                ["--mount", "type=bind,src=/tmp,dst=/x,options=rbind:rslave"],
+                "don't propagate",
+            ),
+            (
                 ["--mount", "type=ext4,src=/dev/null,dst=/x,options=rw"],
                 "can't have disks",
             ),
@@ -255,7 +259,7 @@ fn a_port_on_the_loopback_of_a_pods_namespace_is_the_guests() {
     {
         let join = format!("network:/run/netns/{}", netns.0);
         let pod = Pod::start(&engine, &["--with-ns", &join]);
-        let serve = "while true; do echo from web | nc -l -s 127.0.0.1 -p 4000; done";
+        let serve = "while true; do echo from web | nc -l -p 4000; done";
         let joined = ["--detach", "--with-ns", &join];
         run(
             &engine,
