@@ -157,7 +157,11 @@ fn spec(request: &sandbox::CreateSandboxRequest) -> Reply<Value> {
             "noNewPrivileges": true,
         },
         "root": {"path": "rootfs", "readonly": true},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}],
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            // For the devices that every container has.
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=64k"]},
+        ],
         "annotations": annotations,
         "linux": {"namespaces": namespaces, "sysctl": sysctls},
     }))
