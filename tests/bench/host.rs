@@ -7,10 +7,11 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use casemate_tests::fixture::{self, Compression, Image, Layout};
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::figures::Figure;
-use crate::parts;
+use crate::{parts, pods};
 
 /// What a group of figures needs and how long it may take.
 struct Group {
@@ -50,6 +51,22 @@ const NETWORK_TOOLS: &[&str] = &[
     "/usr/sbin/iptables-restore",
     "/usr/sbin/ip6tables-restore",
     // What iptables loads.
+    "/usr/lib/x86_64-linux-gnu/xtables",
+];
+
+const POD_TOOLS: &[&str] = &[
+    "/usr/bin/containerd",
+    "/usr/bin/containerd-shim-runc-v2",
+    "/usr/bin/ctr",
+    "/usr/sbin/runc",
+    "/usr/lib/cni/bridge",
+    "/usr/lib/cni/host-local",
+    "/usr/lib/cni/loopback",
+    "/usr/lib/cni/portmap",
+    "/usr/sbin/iptables",
+    "/usr/sbin/ip6tables",
+    "/usr/sbin/iptables-restore",
+    "/usr/sbin/ip6tables-restore",
     "/usr/lib/x86_64-linux-gnu/xtables",
 ];
 
@@ -116,6 +133,11 @@ fn group(name: &str) -> Result<Group> {
             images: &["busybox"],
             tools: NETWORK_TOOLS,
             once: true,
+            limit: 7200,
+            ..group
+        },
+        "pods" => Group {
+            tools: POD_TOOLS,
             limit: 7200,
             ..group
         },
@@ -242,6 +264,10 @@ impl Bench {
         }
         let scratch = self.dir.join(SCRATCH);
         fs::create_dir_all(&scratch)?;
+        let mut more = Vec::new();
+        if name == "pods" {
+            more = vec![self.pods_archive()?, self.crictl()?];
+        }
         let this = std::env::current_exe()?;
         let mut command = Command::new(self.root.join("tests/kvm-host/run"));
         command.args(["--timeout", &group.limit.to_string()]);
@@ -253,7 +279,7 @@ impl Bench {
             let tools = group.tools.iter().map(PathBuf::from);
             let firecracker = firecracker().filter(|_| name == "boots");
             let own = parts.into_iter().cloned().chain([bundle.clone()]);
-            let copies = own.chain(store.clone()).chain(tools);
+            let copies = own.chain(store.clone()).chain(tools).chain(more.clone());
             for path in copies.chain(firecracker).filter(|path| path.exists()) {
                 command.arg("--copy").arg(path);
             }
@@ -267,6 +293,9 @@ impl Bench {
         }
         if let Some(firecracker) = firecracker() {
             command.args(["--env", &format!("FIRECRACKER={}", firecracker.display())]);
+        }
+        if let [_, crictl] = &more[..] {
+            command.args(["--env", &format!("{}={}", pods::CRICTL, crictl.display())]);
         }
         command
             .arg("--")
@@ -287,6 +316,26 @@ impl Bench {
             Some(124) => bail!("{name} was not over within {} s", group.limit),
             _ => bail!("{name} failed on the KVM host: {}", out.status),
         }
+    }
+
+    /// The image of pods, for `ctr image import`.
+    fn pods_archive(&self) -> Result<PathBuf> {
+        let archive = self.dir.join(pods::ARCHIVE);
+        let tool = self.static_program("casemate-guest-tool")?;
+        let base = fixture::busybox_layer(Path::new("/bin/busybox"), &tool)?;
+        let image = Image::new("pods:latest", vec![base.build(Compression::Gzip)]);
+        let image = image.configured(json!({"Cmd": ["/bin/busybox", "sleep", "1000000"]}));
+        let mut layout = Layout::create(&self.dir.join("pods-layout"))?;
+        layout.add(&image)?;
+        layout.archive(&archive)?;
+        Ok(archive)
+    }
+
+    /// The crictl that the conformance tests use.
+    fn crictl(&self) -> Result<PathBuf> {
+        let out = done(Command::new(self.root.join("tests/conformance/tools")).arg("crictl"))?;
+        let dir = String::from_utf8(out.stdout)?;
+        Ok(Path::new(dir.trim()).join("crictl"))
     }
 
     /// A store with these images, made once: a group's own, as every byte is copied to a clocked host.

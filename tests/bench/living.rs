@@ -12,7 +12,7 @@ use crate::container::Container;
 use crate::figures::Figure;
 use crate::host::done;
 use crate::inside::{Installed, emit, in_turn, milliseconds};
-use crate::memory::family;
+use crate::memory::{family, pss_kib};
 
 const CONTAINERS: usize = 20;
 /// How long the idle ones are watched.
@@ -148,11 +148,7 @@ fn pss_mib(containers: &[Detached<'_>]) -> Result<Option<f64>> {
     let mut kib = 0_u64;
     for container in containers {
         for pid in container.processes()? {
-            let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-            let lines = smaps.lines().filter_map(|line| line.strip_prefix("Pss:"));
-            let sizes =
-                lines.filter_map(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-            kib += sizes.sum::<u64>();
+            kib += pss_kib(pid)?;
         }
     }
     Ok(Some(kib as f64 / 1024.0))

@@ -1,7 +1,7 @@
 //! `make bench`: measures what the project promises, both sides in turn, and writes it down.
 //!
 //!     casemate-bench [--samples N] [--group boots|runs|living|memory|images|block|volumes|binds|
-//!                     network|neighbours|console]…
+//!                     network|neighbours|pods|console]…
 //!     casemate-bench gate         compare a quick measurement of starts with the committed figures
 //!     casemate-bench baseline     measure the same anew, to be committed with the reason
 //!     casemate-bench inside …     what runs on the KVM host; started by the two above
@@ -20,6 +20,7 @@ mod memory;
 mod network;
 mod outside;
 mod parts;
+mod pods;
 mod report;
 mod rows;
 mod vmm;
@@ -33,7 +34,7 @@ use anyhow::{Context, Result, bail};
 use baseline::Baseline;
 use inside::Installed;
 
-const GROUPS: [&str; 11] = [
+const GROUPS: [&str; 12] = [
     "boots",
     "runs",
     "living",
@@ -44,6 +45,7 @@ const GROUPS: [&str; 11] = [
     "binds",
     "network",
     "neighbours",
+    "pods",
     "console",
 ];
 /// How often the gate measures each start, spread over a tick of the host's timer.
@@ -160,6 +162,7 @@ fn inside(args: &[String]) -> Result<ExitCode> {
         "binds" => volumes::binds(&at, samples)?,
         "network" => network::figures(&at, samples)?,
         "neighbours" => hogs::figures(&at, samples)?,
+        "pods" => pods::figures(&at, samples, &bench.join(pods::ARCHIVE))?,
         "console" => console::figure(
             &at,
             &bench.join(host::SCRATCH),

@@ -84,6 +84,14 @@ pub(crate) fn family(root: u32) -> Result<Vec<u32>> {
     Ok(family)
 }
 
+/// The share of the host's memory that a process has, that of its guest included.
+pub(crate) fn pss_kib(pid: u32) -> Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let lines = smaps.lines().filter_map(|line| line.strip_prefix("Pss:"));
+    let sizes = lines.filter_map(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(sizes.sum())
+}
+
 /// The parent in a line of /proc/PID/stat: the second word after the name, which may hold anything.
 pub(crate) fn parent(stat: &str) -> Option<u32> {
     let (_, rest) = stat.rsplit_once(')')?;

@@ -11,7 +11,7 @@ pub(crate) enum Bar {
 }
 
 /// A row of the table: key, what it is, and its bar.
-pub(crate) const ROWS: [(&str, &str, Bar); 26] = [
+pub(crate) const ROWS: [(&str, &str, Bar); 31] = [
     (
         "boot_vs_firecracker",
         "boot to init's first word, against Firecracker",
@@ -135,6 +135,27 @@ pub(crate) const ROWS: [(&str, &str, Bar); 26] = [
     (
         "neighbour_beside_packet_flood",
         "the same beside a packet flood",
+        Bar::Report,
+    ),
+    (
+        "pod_start_vs_runc",
+        "`crictl runp`, `create` and `start` of a one-container pod against runc's in the same containerd",
+        Bar::AtMost(3.0),
+    ),
+    (
+        "pod_overhead_mib",
+        "the host's memory that an idle one-container pod takes",
+        Bar::AtMost(64.0),
+    ),
+    ("shim_pss_mib", "of this, the shim", Bar::AtMost(8.0)),
+    (
+        "exec_sync_vs_runc",
+        "`crictl exec --sync` of /bin/true against runc's",
+        Bar::AtMost(1.5),
+    ),
+    (
+        "pods_parallel_20",
+        "20 pods at once against 20 of runc",
         Bar::Report,
     ),
     (

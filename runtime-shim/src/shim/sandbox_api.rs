@@ -90,12 +90,9 @@ fn spec(request: &sandbox::CreateSandboxRequest) -> Reply<Value> {
         .namespace_options
         .clone()
         .unwrap_or_default();
-    for (name, mode) in [
-        ("network", modes.network),
-        ("IPC", modes.ipc),
-        ("PID", modes.pid),
-    ] {
-        if mode == NODE && name != "PID" {
+    // Of processes there is more than one idea: those of the guest are not the host's.
+    for (name, mode) in [("network", modes.network), ("IPC", modes.ipc)] {
+        if mode == NODE {
             let text = format!("the host's {name} namespace can't be had in a VM");
             return Err(status(Code::INVALID_ARGUMENT, text));
         }
@@ -114,13 +111,13 @@ fn spec(request: &sandbox::CreateSandboxRequest) -> Reply<Value> {
         linux.resources.clone().unwrap_or_default(),
         linux.overhead.clone().unwrap_or_default(),
     );
+    // What the guest itself takes is ours to know; the overhead is for what the pod's author adds to a limit.
+    let memory = match resources.memory_limit_in_bytes {
+        limit if limit > 0 => limit.saturating_add(overhead.memory_limit_in_bytes),
+        none => none,
+    };
     for (name, value) in [
-        (
-            "memory",
-            resources
-                .memory_limit_in_bytes
-                .saturating_add(overhead.memory_limit_in_bytes),
-        ),
+        ("memory", memory),
         ("cpu-quota", resources.cpu_quota),
         ("cpu-period", resources.cpu_period),
         ("cpu-shares", resources.cpu_shares),
@@ -136,12 +133,11 @@ fn spec(request: &sandbox::CreateSandboxRequest) -> Reply<Value> {
         json!({"type": "ipc"}),
         json!({"type": "uts"}),
     ];
-    if !request.netns_path.is_empty() {
-        namespaces.push(json!({"type": "network", "path": request.netns_path}));
-    } else {
+    namespaces.push(match request.netns_path.as_str() {
         // A network of its own, and nothing in it.
-        namespaces.push(json!({"type": "network"}));
-    }
+        "" => json!({"type": "network"}),
+        path => json!({"type": "network", "path": path}),
+    });
     let sysctls: Map<String, Value> = linux
         .sysctls
         .iter()
