@@ -62,6 +62,9 @@ const POD_TOOLS: &[&str] = &[
     "/usr/lib/cni/bridge",
     "/usr/lib/cni/host-local",
     "/usr/lib/cni/loopback",
+    // What containerd gives its pods.
+    "/etc/hosts",
+    "/etc/resolv.conf",
     "/usr/lib/cni/portmap",
     "/usr/sbin/iptables",
     "/usr/sbin/ip6tables",
