@@ -335,18 +335,10 @@ pub(super) fn bind(number: usize, source: PathBuf, options: &[String], found: Fo
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Defaults, Host, Plan, join, plan};
+    use super::super::tests::{DEFAULTS, HOST};
+    use super::super::{Plan, join, plan};
     use super::*;
     use serde_json::{Value, json};
-
-    const HOST: Host = Host {
-        cpus: 4,
-        memory: 8 << 30,
-    };
-    const DEFAULTS: Defaults = Defaults {
-        memory: 512 << 20,
-        cpus: 1,
-    };
 
     fn look(path: &Path) -> Found {
         match path.extension().and_then(|e| e.to_str()) {

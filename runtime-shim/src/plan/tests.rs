@@ -2,11 +2,11 @@
 
 use super::*;
 
-const HOST: Host = Host {
+pub(super) const HOST: Host = Host {
     cpus: 4,
     memory: 8 << 30,
 };
-const DEFAULTS: Defaults = Defaults {
+pub(super) const DEFAULTS: Defaults = Defaults {
     memory: 512 << 20,
     cpus: 1,
 };

@@ -4,7 +4,7 @@
 //! process, in the guest's own root, and holds the namespaces that the others join.
 
 use super::process::Life;
-use super::service::Service;
+use super::service::{Service, check_id};
 use crate::containerd::events::timestamp;
 use crate::plan::GUEST_ROOT;
 use crate::rpc::{SIGKILL, SIGTERM, chain, status};
@@ -174,10 +174,7 @@ impl Sandbox for SandboxApi {
         _: &TtrpcContext,
         request: sandbox::CreateSandboxRequest,
     ) -> Reply<sandbox::CreateSandboxResponse> {
-        if !crate::rpc::is_identifier(&request.sandbox_id) {
-            let text = format!("{:?} is not a valid id", request.sandbox_id);
-            return Err(status(Code::INVALID_ARGUMENT, text));
-        }
+        check_id(&request.sandbox_id)?;
         let spec = spec(&request)?;
         let mut made = self.made();
         if let Some(other) = &*made {

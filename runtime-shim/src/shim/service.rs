@@ -119,7 +119,7 @@ fn no_process(id: &str, exec_id: &str) -> ttrpc::Error {
     )
 }
 
-fn check_id(id: &str) -> Reply<()> {
+pub(super) fn check_id(id: &str) -> Reply<()> {
     if is_identifier(id) {
         return Ok(());
     }

@@ -67,6 +67,16 @@ impl<'a> Pod<'a> {
     }
 }
 
+/// Waits until the engine knows of no task that runs.
+#[track_caller]
+fn none_runs(engine: &Engine<'_>, otherwise: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while engine.ctr(["task", "ls"]).text().contains("RUNNING") {
+        assert!(Instant::now() < deadline, "{otherwise}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
 #[test]
 fn containers_of_a_pod_share_a_guest_and_have_roots_of_their_own() {
     let host = Host::new();
@@ -207,11 +217,7 @@ fn a_pods_end_is_that_of_its_containers_and_what_is_not_the_pods_is_refused() {
         engine
             .ctr(["task", "kill", "-s", "SIGKILL", "pod"])
             .succeeds();
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while engine.ctr(["task", "ls"]).text().contains("RUNNING") {
-            assert!(Instant::now() < deadline, "a container outlives its pod");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        none_runs(&engine, "a container outlives its pod");
         pod.run(&[], "late", "true")
             .fails()
             .complains_of("that has ended");
@@ -304,11 +310,7 @@ fn a_pod_outlives_containerd_and_everything_is_given_back_after_its_shim() {
         engine.ctr(args).succeeds().prints("still here\n");
     }
     machine::kill(&host.processes(SHIM));
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while engine.ctr(["task", "ls"]).text().contains("RUNNING") {
-        assert!(Instant::now() < deadline, "a dead shim's task runs");
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    none_runs(&engine, "a dead shim's task runs");
     for name in ["web", "pod"] {
         let _ = engine.ctr(["task", "delete", "--force", name]);
         engine.ctr(["container", "rm", name]).succeeds();
